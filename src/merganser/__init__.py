@@ -1,0 +1,65 @@
+"""Merge fine-tuned models by matching them in their task parameter subspaces.
+
+    import merganser as mg
+    merged = mg.merge([a, b, c], base=base, method="ties", density=0.2)
+
+Models are paths, state dicts, modules or checkpoints. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merganser._version import __version__
+
+if TYPE_CHECKING:
+    from merganser.blocks import BlockSpec, Role
+    from merganser.checkpoint import Checkpoint, open_checkpoint
+    from merganser.engine import Plan, execute, make_plan, merge, save, to_memory
+    from merganser.errors import MerganserError
+    from merganser.methods import Method, create_method
+    from merganser.recipe import Recipe, load_recipe, simple_recipe
+
+_HOMES = {
+    "blocks": ("BlockSpec", "Role"),
+    "checkpoint": ("Checkpoint", "open_checkpoint"),
+    "engine": ("Plan", "execute", "make_plan", "merge", "save", "to_memory"),
+    "errors": ("MerganserError",),
+    "methods": ("Method", "create_method"),
+    "recipe": ("Recipe", "load_recipe", "simple_recipe"),
+}
+
+__all__ = [
+    "BlockSpec",
+    "Checkpoint",
+    "MerganserError",
+    "Method",
+    "Plan",
+    "Recipe",
+    "Role",
+    "__version__",
+    "create_method",
+    "execute",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "open_checkpoint",
+    "save",
+    "simple_recipe",
+    "to_memory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"merganser.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module `merganser` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

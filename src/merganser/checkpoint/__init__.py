@@ -1,0 +1,29 @@
+"""Where tensors come from and go: folders, shards, files and dictionaries, read and written piece by piece."""
+
+from merganser.checkpoint._base import Checkpoint
+from merganser.checkpoint._carry import output_config, side_files
+from merganser.checkpoint._files import FilePool
+from merganser.checkpoint._folder import FileCheckpoint, refuse_unmergeable
+from merganser.checkpoint._json import parse_json, read_json
+from merganser.checkpoint._memory import DictCheckpoint
+from merganser.checkpoint._open import ModelLike, open_checkpoint
+from merganser.checkpoint._writer import Shard, ShardWriter, index_of, lay_out, write_error
+
+__all__ = [
+    "Checkpoint",
+    "DictCheckpoint",
+    "FileCheckpoint",
+    "FilePool",
+    "ModelLike",
+    "Shard",
+    "ShardWriter",
+    "index_of",
+    "lay_out",
+    "open_checkpoint",
+    "output_config",
+    "parse_json",
+    "read_json",
+    "refuse_unmergeable",
+    "side_files",
+    "write_error",
+]

@@ -1,0 +1,79 @@
+"""The interface of everything that holds tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint(ABC):
+    """Named tensors that can be read piece by piece.
+
+    Attributes:
+        label: how messages call this model.
+        folder: its folder, if it has one.
+        config: the parsed ``config.json``, if there is one.
+        warnings: what was noticed while opening it.
+    """
+
+    label: str
+    folder: Path | None = None
+    config: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @abstractmethod
+    def specs(self) -> Mapping[str, BlockSpec]:
+        """All tensors by name; nothing is read."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+        """Copy the elements ``[start, stop)`` of the flattened (row-major) tensor into `out`.
+
+        Args:
+            name: a key of `specs`.
+            start: first element.
+            stop: one past the last element.
+            out: contiguous 1-D tensor of ``stop - start`` elements in the stored type, on the CPU.
+        """
+
+    @abstractmethod
+    def place_of(self, name: str) -> str:
+        """The file that holds the tensor (or the label of an in-memory model), for messages."""
+
+    def aliases(self) -> Mapping[str, str]:
+        """Names that are another tensor under a second name, each with the name that counts."""
+        return {}
+
+    def read(self, name: str, rows: slice | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read a tensor, or some of its rows (the first dimension), in its stored type.
+
+        Args:
+            name: a key of `specs`.
+            rows: rows to read; all if None. A scalar has no rows.
+            out: tensor to fill, of the result's shape and type.
+
+        Returns:
+            `out`, or a new tensor.
+        """
+        spec = self.specs()[name]
+        shape = spec.shape
+        first, last = 0, spec.numel
+        if rows is not None:
+            begin, end, step = rows.indices(shape[0])
+            if step != 1:
+                raise ValueError("rows are read with step 1")
+            end = max(begin, end)
+            width = spec.numel // shape[0] if shape[0] else 0
+            shape = (end - begin, *shape[1:])
+            first, last = begin * width, end * width
+        if out is None:
+            out = torch.empty(shape, dtype=spec.dtype)
+        self.read_range(name, first, last, out.view(-1))
+        return out

@@ -1,0 +1,307 @@
+"""Checkpoints on disk: a safetensors file, or a folder with one file or with shards and an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec, infer_role
+from merganser.checkpoint._base import Checkpoint
+from merganser.checkpoint._files import FilePool, open_regular, read_into
+from merganser.checkpoint._json import read_json
+from merganser.checkpoint._safetensors import Entry, pickle_refused, read_header
+from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, escape, suggestion
+
+__all__ = ["FileCheckpoint", "open_folder"]
+
+_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+_QUANTISED_SUFFIXES = ("qweight", "qzeros", "weight_scale_inv", "SCB", "_blocks", "_scales")
+
+
+class FileCheckpoint(Checkpoint):
+    """Tensors in safetensors files, read by offset; no file is held in memory.
+
+    Args:
+        files: every tensor's file. A name that is missing here is not part of the model.
+        headers: the tensors of each file.
+        label: how messages call the model.
+        folder: its folder, if it is one.
+        config: the parsed configuration.
+        warnings: what was noticed.
+        pool: the open files, shared by the models of a merge.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        headers: Mapping[Path, Mapping[str, Entry]],
+        *,
+        label: str,
+        folder: Path | None,
+        config: Mapping[str, Any] | None,
+        warnings: Sequence[str] = (),
+        pool: FilePool | None = None,
+    ) -> None:
+        self.label = label
+        self.folder = folder
+        self.config = config
+        self.warnings = tuple(warnings)
+        self._files = files
+        self._entries = {name: headers[file][name] for name, file in files.items()}
+        self._pool = pool or FilePool()
+        self._specs: dict[str, BlockSpec] = {}
+        for name, entry in self._entries.items():
+            dtype = entry.dtype
+            role = infer_role(name, entry.shape, is_float=dtype.is_floating_point)
+            self._specs[name] = BlockSpec(name, entry.shape, dtype, role)
+
+    def specs(self) -> Mapping[str, BlockSpec]:
+        """All tensors by name."""
+        return self._specs
+
+    def place_of(self, name: str) -> str:
+        """The file that holds the tensor."""
+        return str(self._files[name]) if name in self._files else self.label
+
+    def read_range(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+        """Read elements of the flattened tensor into `out`."""
+        if name not in self._entries:
+            raise InputError(
+                "E0405",
+                f"the model has no tensor `{name}`",
+                places=Place(file=self.label, tensor=name),
+                fix=suggestion(name, self._entries),
+            )
+        if start == stop:
+            return
+        entry, file = self._entries[name], self._files[name]
+        view = out.view(torch.uint8).numpy().data
+        with self._pool.borrow(file) as fd:
+            read_into(fd, view, entry.start + start * out.element_size(), str(file))
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the model's tensors, each once, in order of their names."""
+        return tuple(sorted(set(self._files.values())))
+
+
+def _read_entries(path: Path) -> Mapping[str, Entry]:
+    fd = open_regular(path)
+    try:
+        return read_header(fd, str(path)).entries
+    finally:
+        os.close(fd)
+
+
+def open_file(path: Path, pool: FilePool | None = None) -> FileCheckpoint:
+    """A single safetensors file as a model without a configuration."""
+    entries = _read_entries(path)
+    return FileCheckpoint(
+        dict.fromkeys(entries, path), {path: entries}, label=str(path), folder=None, config=None, pool=pool
+    )
+
+
+def open_folder(folder: Path, pool: FilePool | None = None) -> FileCheckpoint:
+    """A Hugging Face folder: ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+
+    Where both exist the single file counts, as in transformers, with a warning.
+
+    Raises:
+        InputError: no weights, a damaged index or file, a missing shard, quantised weights.
+        SecurityError: weights only as a pickle, or a shard outside the folder.
+    """
+    config = _read_config(folder)
+    _refuse_quantised(folder, config)
+    warnings: list[str] = []
+    single, index = _find_weights(folder)
+    if single is not None and index is not None:
+        warnings.append(
+            f"{folder} has both {single.name} and {index.name}; the single file is used, as transformers does"
+        )
+    if single is not None:
+        _inside(single, folder, single.name)
+        headers = {single: _read_entries(single)}
+        files = dict.fromkeys(headers[single], single)
+    else:
+        assert index is not None
+        files, headers = _read_index(folder, index, warnings)
+    if not files:
+        raise InputError("E0410", "the model has no tensors", places=Place(file=str(folder)))
+    return FileCheckpoint(files, headers, label=str(folder), folder=folder, config=config, warnings=warnings, pool=pool)
+
+
+def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
+    names = set(os.listdir(folder))
+    for stem in _STEMS:
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if single in names or index in names:
+            return (folder / single if single in names else None, folder / index if index in names else None)
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    place = Place(file=str(folder))
+    if "adapter_config.json" in names:
+        raise InputError(
+            "E0401",
+            "the folder holds an adapter, not a whole model",
+            places=place,
+            fix="merge the adapter into its base first (peft: `merge_and_unload`), then merge the models",
+        )
+    if len(others) == 1:
+        return folder / others[0], None
+    if others:
+        raise InputError(
+            "E0404",
+            f"the folder has {len(others)} safetensors files and no index, so it is unknown which belong to the model",
+            places=[Place(file=str(folder / name)) for name in others[:5]],
+            fix="add the missing model.safetensors.index.json, or name one file",
+        )
+    incomplete = sorted(name for name in names if name.endswith((".incomplete", ".part", ".tmp")))
+    if incomplete:
+        raise InputError(
+            "E0401", "the download of the model is not complete", places=Place(file=str(folder / incomplete[0]))
+        )
+    pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")) and n != "training_args.bin")
+    if pickles:
+        raise pickle_refused(str(folder / pickles[0]))
+    raise InputError(
+        "E0401",
+        "the folder holds no safetensors weights",
+        places=place,
+        fix="name a folder with model.safetensors, or with shards and model.safetensors.index.json",
+    )
+
+
+def _read_config(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    config = read_json(path, "E0409", limit=10_000_000)
+    if not isinstance(config, dict):
+        raise InputError("E0409", "config.json is not a JSON object", places=Place(file=str(path)))
+    return config
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any] | None) -> None:
+    quantisation = (config or {}).get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise InputError(
+            "E0408",
+            f"the model is quantised ({method}); its integers are not weights that can be merged",
+            places=Place(file=str(folder / "config.json"), key="quantization_config"),
+            fix="merge the model's unquantised checkpoint, and quantise the result",
+        )
+
+
+def refuse_unmergeable(checkpoint: Checkpoint) -> None:
+    """Refuse tensors that hold quantised numbers.
+
+    Raises:
+        InputError: FP8 or complex values, or the integer weights and scales of a quantised layer.
+    """
+    for name, spec in checkpoint.specs().items():
+        kind = str(spec.dtype).removeprefix("torch.")
+        packed = not spec.is_float and name.endswith(_QUANTISED_SUFFIXES)
+        eight_bit_weight = kind in ("int8", "uint8") and name.endswith(".weight") and len(spec.shape) >= 2
+        if kind.startswith(("float8", "complex")) or packed or eight_bit_weight:
+            raise InputError(
+                "E0408",
+                f"the tensor holds quantised or unsupported numbers ({kind}), which cannot be merged",
+                places=Place(file=checkpoint.place_of(name), tensor=name),
+                fix="merge the model's bf16, f16 or f32 checkpoint, and quantise the result",
+            )
+
+
+def _read_index(
+    folder: Path, index: Path, warnings: list[str]
+) -> tuple[dict[str, Path], dict[Path, Mapping[str, Entry]]]:
+    place = Place(file=str(index))
+    table = read_json(index, "E0404")
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("E0404", "the index has no `weight_map` with tensors", places=place)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            raise InputError("E0404", "the index does not name a file for the tensor", places=_at(index, name))
+        _check_shard_name(index, name, shard)
+    shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
+    missing = [shard for shard, path in shards.items() if not os.path.lexists(path)]
+    if missing:
+        partial = [s for s in missing if (folder / f"{s}.incomplete").exists()]
+        raise InputError(
+            "E0404",
+            f"{len(missing)} of {len(shards)} shards are missing",
+            places=[Place(file=str(shards[s])) for s in missing[:20]],
+            why="the download was interrupted" if partial else "",
+            fix="download the model again",
+        )
+    headers: dict[Path, Mapping[str, Entry]] = {}
+    for shard, path in shards.items():
+        _inside(path, folder, shard)
+        headers[path] = _read_entries(path)
+    files = {name: shards[shard] for name, shard in weight_map.items()}
+    for name, path in files.items():
+        if name not in headers[path]:
+            raise InputError(
+                "E0404",
+                "the index places the tensor in a shard that does not hold it",
+                places=Place(file=str(path), tensor=name),
+            )
+    for path, entries in headers.items():
+        unlisted = [name for name in entries if name not in files]
+        repeated = [name for name in entries if name in files and files[name] != path]
+        if unlisted:
+            warnings.append(f"{path}: {len(unlisted)} tensors are not in the index and are ignored: {_some(unlisted)}")
+        if repeated:
+            warnings.append(
+                f"{path}: {len(repeated)} tensors are also in another shard, which the index names: {_some(repeated)}"
+            )
+    return files, headers
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(escape(name) for name in names[:3])
+    return shown + (", ..." if len(names) > 3 else "")
+
+
+def _at(index: Path, name: str) -> Place:
+    return Place(file=str(index), tensor=name)
+
+
+def _check_shard_name(index: Path, name: str, shard: str) -> None:
+    parts = PurePosixPath(shard).parts
+    if "\0" in shard or "\\" in shard or shard.startswith("/") or ".." in parts or len(parts) != 1:
+        raise SecurityError(
+            "E0501",
+            f"the index names a file outside the model's folder: {shard!r}",
+            places=_at(index, name),
+            fix="do not use this checkpoint unless you know why its index does that",
+        )
+
+
+def _inside(path: Path, folder: Path, shown: str) -> None:
+    """Refuse a file that a symbolic link moves out of the folder, unless into the blobs of its Hugging Face cache."""
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            "E0404", f"the file is a broken or circular link: {shown}", places=Place(file=str(path)), why=str(error)
+        ) from None
+    root = folder.resolve()
+    if real.is_relative_to(root):
+        return
+    cache = root.parent.parent
+    if root.parent.name == "snapshots" and real.is_relative_to(cache / "blobs"):
+        return
+    raise SecurityError(
+        "E0501",
+        "the file is a link to a place outside the model's folder",
+        places=Place(file=str(path), found=f"-> {real}"),
+        fix="copy the file into the folder, or name the folder that really holds it",
+    )
+
+
+def unreadable(path: Path, error: OSError) -> EnvironmentFault:
+    """The error for a folder that the system does not let us read."""
+    return EnvironmentFault("E0703", f"the folder cannot be read: {error.strerror}", places=Place(file=str(path)))

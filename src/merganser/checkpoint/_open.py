@@ -1,0 +1,139 @@
+"""From whatever a user names to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.checkpoint._base import Checkpoint
+from merganser.checkpoint._files import FilePool
+from merganser.checkpoint._folder import open_file, open_folder, unreadable
+from merganser.checkpoint._memory import DictCheckpoint
+from merganser.errors import EnvironmentFault, InputError, Place, nearest
+
+__all__ = ["ModelLike", "open_checkpoint"]
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    def specs(self) -> Mapping[str, BlockSpec]: ...
+
+    def read(self, name: str, rows: slice | None = None, *, out: Any = None) -> Any: ...
+
+
+ModelLike = Any
+"""A path, a state dict, a module with ``state_dict()``, a `Checkpoint`, or an object with its two methods."""
+
+
+class _Adapter(Checkpoint):
+    """An object of the user's with ``specs`` and ``read``, seen as a `Checkpoint`."""
+
+    def __init__(self, inner: _Readable, label: str) -> None:
+        self._inner = inner
+        self.label = str(getattr(inner, "label", label))
+
+    def specs(self) -> Mapping[str, BlockSpec]:
+        return self._inner.specs()
+
+    def place_of(self, name: str) -> str:
+        return self.label
+
+    def read_range(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
+        spec = self._inner.specs()[name]
+        if not spec.shape or not spec.numel:
+            out.copy_(self._inner.read(name).reshape(-1)[start:stop])
+            return
+        width = spec.numel // spec.shape[0]
+        first = start // width
+        rows = self._inner.read(name, slice(first, -(-stop // width)))
+        out.copy_(rows.reshape(-1)[start - first * width : stop - first * width])
+
+
+def open_checkpoint(model: ModelLike, *, label: str = "state dict", pool: FilePool | None = None) -> Checkpoint:
+    """Open a model; only headers are read.
+
+    Args:
+        model: a folder, a ``.safetensors`` file, the id of a model in the local Hugging Face cache (``org/name``,
+            ``org/name@revision``), a state dict, a module, or a checkpoint.
+        label: what messages call an in-memory model.
+        pool: open files to share with other checkpoints.
+
+    Raises:
+        InputError: it does not exist, or is damaged.
+        EnvironmentFault: it cannot be read, or is a hub id that is not on this machine.
+        SecurityError: it reaches outside its folder, or is a pickle.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return _open_path(os.fspath(model), pool)
+    if isinstance(model, Mapping):
+        return DictCheckpoint(model, label)
+    if callable(getattr(model, "state_dict", None)):
+        return DictCheckpoint(model.state_dict(), label)
+    if isinstance(model, _Readable):
+        return _Adapter(model, label)
+    raise InputError(
+        "E0401",
+        f"{label}: a model is a path, a state dict, a module or a checkpoint, not {type(model).__name__}",
+    )
+
+
+def _open_path(name: str | bytes, pool: FilePool | None) -> Checkpoint:
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if "\0" in name or not name:
+        raise InputError("E0401", "the path is empty or holds a NUL character", places=Place(file=name))
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return open_folder(path, pool)
+        if path.is_file():
+            return open_file(path, pool)
+        if os.path.lexists(path):
+            raise InputError("E0401", "the path is neither a folder nor a regular file", places=Place(file=name))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if _HUB_ID.match(name):
+        snapshot = _cached_snapshot(name)
+        if snapshot is not None:
+            return open_folder(snapshot, pool)
+        if not path.parent.exists():
+            repo = name.partition("@")[0]
+            raise EnvironmentFault(
+                "E0705",
+                f"there is no folder `{name}`, and no such model in the local Hugging Face cache",
+                places=Place(file=name),
+                fix=f"correct the path, or download the model first: hf download {repo}",
+            )
+    raise InputError("E0401", f"the model does not exist: {name}", places=Place(file=name), fix=_neighbour(path))
+
+
+def _neighbour(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"the folder {parent} does not exist either"
+    close = nearest(path.name, os.listdir(parent))
+    return f"did you mean `{parent / close}`?" if close else "check the path"
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """The folder of a model in the Hugging Face cache: ``models--ORG--NAME/snapshots/COMMIT``."""
+    repo, _, revision = name.partition("@")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    root = cache / ("models--" + repo.replace("/", "--"))
+    revision = revision or "main"
+    if ".." in Path(revision).parts:
+        return None
+    reference = root / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = root / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None

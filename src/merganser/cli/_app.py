@@ -1,0 +1,108 @@
+"""The command line: commands, exit codes, and how errors look.
+
+stdout is the result, everything else goes to stderr. Exit codes: 0 ok, 1 bug, 2 usage, 3 recipe, 4 input, 5 security,
+6 numeric, 7 environment, 8 resource, 130 and 143 for SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import types
+from typing import Any
+
+import typer
+
+from merganser._version import __version__
+from merganser.errors import MerganserError
+
+__all__ = ["app", "emit", "main"]
+
+app = typer.Typer(
+    name="merganser",
+    help="Merge fine-tuned models by matching them in their task parameter subspaces.",
+    epilog="Exit codes: 0 ok, 1 bug, 2 usage, 3 recipe, 4 input, 5 security, 6 numeric, 7 environment, 8 resource, "
+    "130/143 signals. `merganser explain CODE` explains an error.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+# newer releases of typer carry their own copy of click, so the class is found through one that both export
+_PARSER_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def emit(data: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=True) + "\n")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> None:
+    raise _TerminatedError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; the console script passes it to the system."""
+    from merganser.cli import diff, explain, inspect, merge, methods  # noqa: F401
+
+    words = sys.argv[1:] if arguments is None else arguments
+    wants_json = "--json" in words
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(args=words, prog_name="merganser", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except MerganserError as error:
+        _report(error, wants_json)
+        return error.exit_code
+    except (KeyboardInterrupt, _TerminatedError) as stop:
+        code = 143 if isinstance(stop, _TerminatedError) else 130
+        print("stopped; nothing was left behind", file=sys.stderr)
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches the terminal
+        return _foreign(error)
+
+
+def _report(error: MerganserError, wants_json: bool) -> None:
+    if wants_json:
+        emit({"error": error.as_dict()})
+    print(f"error{error}", file=sys.stderr)
+
+
+def _foreign(error: Exception) -> int:
+    """Usage errors of the parser, and bugs."""
+    if isinstance(error, _PARSER_ERROR):
+        error.show()
+        return int(error.exit_code)
+    if isinstance(error, typer.Abort):
+        return 130
+    with tempfile.NamedTemporaryFile("w", prefix="merganser-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    print(f"internal error: {type(error).__name__}; the details are in {log.name}. Please report it.", file=sys.stderr)
+    return 1

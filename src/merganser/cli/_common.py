@@ -1,0 +1,153 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from merganser.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="RECIPE | MODEL...", help="A recipe file; or, with --method, the models.")
+]
+MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Merge method; see `merganser methods`.")]
+Base = Annotated[str | None, typer.Option("--base", "-b", help="The model that the others were fine-tuned from.")]
+Weights = Annotated[str | None, typer.Option("--weights", "-w", help="One number per model, e.g. 0.7,0.3.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="OPTION=VALUE", help="Option of the method.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Type of the result: bf16, f16, f32 or f64.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of random masks. [default: 0]")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Pattern of tensors that are copied from the base, not merged.")
+]
+Heads = Annotated[str | None, typer.Option("--heads", help="merge, exclude, or 'keep-from MODEL'. [default: merge]")]
+FilesFrom = Annotated[
+    str | None,
+    typer.Option("--files-from", help="Whose configuration and tokenizer are taken. [default: base, or first]"),
+]
+Memory = Annotated[str, typer.Option("--max-memory", help="Memory above the interpreter.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-j", min=1, help="Worker threads. [default: all cores]")]
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes from text such as ``5GB``, ``500M`` or ``1GiB``.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    unit = unit[:-1] if unit.endswith("B") and unit != "B" else unit
+    if match is None or unit not in _UNITS:
+        raise UsageError("E0201", f"`{text}` is not a size; write e.g. 500MB, 5GB or 1GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def format_size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 100
+                else f"{count:.0f} {unit}"
+            )
+        count /= 1000
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def build_recipe(
+    inputs: Sequence[str],
+    method: str | None,
+    base: str | None,
+    weights: str | None,
+    settings: Sequence[str] | None,
+    dtype: str | None,
+    seed: int | None,
+    exclude: Sequence[str] | None,
+    heads: str | None,
+    files_from: str | None,
+) -> Any:
+    """The recipe of a command line: a file, or models and a method. Options given beside a file override its keys.
+
+    Raises:
+        UsageError: neither or both are given.
+        RecipeError: the recipe or an option is wrong.
+    """
+    import dataclasses
+
+    from merganser.recipe import load_recipe, simple_recipe
+
+    extra: dict[str, Any] = {}
+    if dtype is not None:
+        extra["dtype"] = dtype
+    if seed is not None:
+        extra["seed"] = seed
+    if exclude:
+        extra["exclude"] = tuple(exclude)
+    if heads is not None:
+        extra["heads"] = heads
+    if files_from is not None:
+        extra["files_from"] = files_from
+    if method is None:
+        if len(inputs) != 1:
+            raise UsageError("E0201", "give one recipe file, or --method and the models")
+        if Path(inputs[0]).is_dir():
+            raise UsageError("E0201", f"`{inputs[0]}` is a model folder; add --method and the other models")
+        if base is not None or weights is not None or settings:
+            raise UsageError("E0201", "--base, --weights and --set belong to --method; write them into the recipe")
+        return dataclasses.replace(load_recipe(Path(inputs[0])), **extra)
+    return simple_recipe(
+        list(inputs),
+        base=base,
+        method=method,
+        weights=None if weights is None else _numbers(weights),
+        options=_options(settings or ()),
+        **extra,
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError("E0201", f"`{text}` is not a list of numbers; write e.g. --weights 0.7,0.3") from None
+
+
+def _options(settings: Sequence[str]) -> dict[str, Any]:
+    from merganser.recipe import parse_scalar
+
+    options: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError("E0201", f"`--set {text}` is not OPTION=VALUE")
+        if key in options:
+            raise UsageError("E0201", f"the option `{key}` is set twice")
+        parts = [parse_scalar(part.strip()) for part in value.split(",")]
+        options[key] = parts[0] if len(parts) == 1 else parts
+    return options
+
+
+def one_torch_thread() -> None:
+    """This program runs blocks in threads of its own, so each torch operation runs in one."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,203 @@
+"""``merganser merge`` and ``merganser plan``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from merganser.cli._app import app, emit
+from merganser.cli._common import (
+    Base,
+    Dtype,
+    Exclude,
+    FilesFrom,
+    Heads,
+    Inputs,
+    Json,
+    Memory,
+    MethodName,
+    Seed,
+    Set,
+    Threads,
+    Weights,
+    build_recipe,
+    format_seconds,
+    format_size,
+    one_torch_thread,
+    parse_size,
+)
+from merganser.errors import escape
+
+
+@app.command(
+    epilog="Examples: merganser merge recipe.yml -o merged; "
+    "merganser merge -m ties --base base A B -s density=0.2 -o merged"
+)
+def merge(
+    inputs: Inputs,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write, or a name that ends in .safetensors.")],
+    method: MethodName = None,
+    base: Base = None,
+    weights: Weights = None,
+    settings: Set = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    exclude: Exclude = None,
+    heads: Heads = None,
+    files_from: FilesFrom = None,
+    max_memory: Memory = "1GB",
+    threads: Threads = None,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes per weights file.")] = "5GB",
+    device: Annotated[str | None, typer.Option("--device", help="Where to compute, e.g. cuda. [default: cpu]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    json: Json = False,
+) -> None:
+    """Merge models into a folder that loads."""
+    recipe = build_recipe(inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from)
+    budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+    from merganser.cli._progress import Progress
+    from merganser.engine import make_plan, save
+
+    one_torch_thread()
+    plan = make_plan(recipe, threads=threads, max_memory=budget)
+    for text in () if quiet else plan.warnings:
+        print(f"warning: {escape(text)}", file=sys.stderr)
+    with Progress(plan.bytes_read, quiet=quiet or json) as progress:
+        outcome = save(
+            plan,
+            out,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            device=device,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    for text in () if quiet else outcome.warnings[len(plan.warnings) :]:
+        print(f"warning: {escape(text)}", file=sys.stderr)
+    if json:
+        emit(
+            {
+                "out": str(outcome.out),
+                "seconds": outcome.seconds,
+                "bytes_written": plan.bytes_written,
+                "coverage": _coverage(plan),
+                "warnings": list(outcome.warnings),
+            }
+        )
+        return
+    print(f"{outcome.out}: {plan.coverage()}; {format_size(plan.bytes_written)} in {format_seconds(outcome.seconds)}")
+
+
+@app.command()
+def plan(
+    inputs: Inputs,
+    method: MethodName = None,
+    base: Base = None,
+    weights: Weights = None,
+    settings: Set = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    exclude: Exclude = None,
+    heads: Heads = None,
+    files_from: FilesFrom = None,
+    max_memory: Memory = "1GB",
+    threads: Threads = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Also check that this output can be written.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="The output may replace an earlier merge's.")] = False,
+    full: Annotated[bool, typer.Option("--all", "-a", help="Show every tensor.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a merge would do: rules, bytes, memory, time, warnings. No weight is read, nothing is written."""
+    recipe = build_recipe(inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from)
+    budget = parse_size(max_memory)
+    from merganser.engine import check_output, make_plan
+
+    made = make_plan(recipe, threads=threads, max_memory=budget)
+    if out is not None:
+        from pathlib import Path
+
+        check_output(Path(out), made, overwrite=overwrite)
+    if json:
+        emit(_plan_data(made))
+        return
+    for tensor in made.tensors if full else ():
+        spec = tensor.spec
+        shape = "x".join(map(str, spec.shape)) or "scalar"
+        print(f"{escape(spec.name)}  {shape}  {_dtype(spec.dtype)}  {_rule(tensor)}")
+    rules: dict[str, list[Any]] = {}
+    for tensor in made.tensors:
+        rules.setdefault(_rule(tensor), []).append(tensor)
+    for rule, tensors in rules.items():
+        size = format_size(sum(t.spec.nbytes for t in tensors))
+        print(f"{len(tensors):6d} tensors  {size:>8}  {rule}")
+    for name, reason in made.omitted:
+        print(f"left out: {escape(name)} ({escape(reason)})")
+    print(f"read         {format_size(made.bytes_read)}")
+    print(f"write        {format_size(made.bytes_written)} ({made.dtype_name()})")
+    print(f"peak memory  {format_size(made.peak_memory)} above the interpreter, {made.threads} threads")
+    print(f"time         about {format_seconds(made.seconds)} with the inputs in the page cache")
+    print(f"files from   {escape(made.donor.label)}")
+    for text in made.warnings:
+        print(f"warning: {escape(text)}")
+
+
+def _dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rule(tensor: Any) -> str:
+    from merganser.engine import describe_method
+
+    if tensor.method is None:
+        return f"copy: {escape(tensor.reason)}"
+    options = ", ".join(f"{key}={value}" for key, value in describe_method(tensor.method)["options"].items())
+    weights = ", ".join(f"{weight:g}" for weight in tensor.weights)
+    return f"{tensor.method.name}({options}) of {len(tensor.inputs)} models, weights {weights}"
+
+
+def _coverage(made: Any) -> dict[str, Any]:
+    return {
+        "merged": len(made.tensors) - len(made.copies()),
+        "copied": {t.spec.name: t.reason for t in made.copies()},
+        "left_out": dict(made.omitted),
+    }
+
+
+def _plan_data(made: Any) -> dict[str, Any]:
+    from merganser.engine import describe_method
+
+    return {
+        "tensors": [
+            {
+                "name": t.spec.name,
+                "shape": list(t.spec.shape),
+                "dtype": _dtype(t.spec.dtype),
+                "bytes": t.spec.nbytes,
+                "rule": "copy" if t.method is None else t.method.name,
+                "options": None if t.method is None else describe_method(t.method)["options"],
+                "weights": list(t.weights),
+                "inputs": [{"file": i.checkpoint.place_of(i.name), "tensor": i.name} for i in t.inputs],
+                "base": t.base and {"file": t.base.checkpoint.place_of(t.base.name), "tensor": t.base.name},
+                "reason": t.reason,
+            }
+            for t in made.tensors
+        ],
+        "aliases": dict(made.aliases),
+        "left_out": dict(made.omitted),
+        "dtype": made.dtype_name(),
+        "bytes_read": made.bytes_read,
+        "bytes_written": made.bytes_written,
+        "peak_memory": made.peak_memory,
+        "seconds": made.seconds,
+        "threads": made.threads,
+        "block_elements": made.block_elements,
+        "files_from": made.donor.label,
+        "tokenizer_from": made.tokenizer.label,
+        "warnings": list(made.warnings),
+    }

@@ -1,0 +1,34 @@
+"""Plan a merge, stream it, commit it."""
+
+from merganser.engine._card import describe_method
+from merganser.engine._commit import check_output
+from merganser.engine._executor import Executor, LocalThreads, available_cores
+from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, statistics
+from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, merge, save, to_memory
+from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
+from merganser.engine._stream import Input, Stream, TensorPlan
+
+__all__ = [
+    "DEFAULT_MEMORY",
+    "DEFAULT_SHARD",
+    "Difference",
+    "Executor",
+    "Input",
+    "LocalThreads",
+    "Outcome",
+    "Plan",
+    "Stream",
+    "TensorPlan",
+    "TensorStatistics",
+    "available_cores",
+    "check_output",
+    "compare",
+    "describe_method",
+    "execute",
+    "group_of",
+    "make_plan",
+    "merge",
+    "save",
+    "statistics",
+    "to_memory",
+]

@@ -1,0 +1,263 @@
+"""Whether models fit together: names, ties, shapes, configurations, side files. Headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merganser.blocks import Role, layer_of
+from merganser.checkpoint import Checkpoint
+from merganser.engine._stream import Input
+from merganser.errors import InputError, Place, escape, nearest
+
+__all__ = ["check_configs", "check_names", "check_shapes", "find_ties", "side_file_warnings"]
+
+_TIED = {
+    "lm_head.weight": (
+        "model.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "transformer.wte.weight",
+        "transformer.word_embeddings.weight",
+        "gpt_neox.embed_in.weight",
+        "shared.weight",
+        "model.shared.weight",
+    ),
+    "embed_out.weight": ("gpt_neox.embed_in.weight",),
+    "encoder.embed_tokens.weight": ("shared.weight",),
+    "decoder.embed_tokens.weight": ("shared.weight",),
+    "model.encoder.embed_tokens.weight": ("model.shared.weight",),
+    "model.decoder.embed_tokens.weight": ("model.shared.weight",),
+    "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
+    "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+}
+"""Names under which architectures store a second copy of a tied tensor, and the tensors that count."""
+
+
+def find_ties(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[dict[int, dict[str, str]], list[tuple[Input, Input]]]:
+    """Second names of tied tensors in each model (by its id), and the pairs whose equality is to be verified.
+
+    A stored second copy is an alias if the configuration ties it, or if another model of the merge does not store it.
+
+    Complexity: O(models x tensors).
+    """
+    result: dict[int, dict[str, str]] = {}
+    pairs: list[tuple[Input, Input]] = []
+    for checkpoint in checkpoints:
+        specs = checkpoint.specs()
+        aliases = dict(checkpoint.aliases())
+        for second, owners in _TIED.items():
+            owner = next((name for name in owners if name in specs), None)
+            if second not in specs or owner is None or second in aliases:
+                continue
+            if specs[second].shape != specs[owner].shape or specs[second].dtype != specs[owner].dtype:
+                continue
+            shared = second.endswith("embed_tokens.weight")
+            declared = bool((checkpoint.config or {}).get("tie_word_embeddings"))
+            elsewhere = any(second not in c.specs() and owner in c.specs() for c in checkpoints if c is not checkpoint)
+            if shared or declared or elsewhere:
+                aliases[second] = owner
+                pairs.append((Input(checkpoint, second), Input(checkpoint, owner)))
+        result[id(checkpoint)] = aliases
+    return result, pairs
+
+
+def check_names(
+    reference: Checkpoint, checkpoints: Sequence[Checkpoint], names: Mapping[int, Sequence[str]]
+) -> list[str]:
+    """Every model must have the reference's weights and no others; buffers may differ, with a warning.
+
+    Raises:
+        InputError: E0410 (nothing in common), E0405 (missing), E0406 (extra), with the renaming that was guessed.
+    """
+    warnings: list[str] = []
+    ours = set(names[id(reference)])
+    for checkpoint in checkpoints:
+        if checkpoint is reference:
+            continue
+        theirs = set(names[id(checkpoint)])
+        missing = sorted(n for n in ours - theirs if reference.specs()[n].is_float)
+        extra = sorted(n for n in theirs - ours if checkpoint.specs()[n].is_float)
+        warnings.extend(
+            f"the buffer {escape(name)} is not in every model; it is taken from {reference.label}"
+            for name in sorted((ours ^ theirs) - set(missing) - set(extra))
+        )
+        if not missing and not extra:
+            continue
+        renaming = _guess_renaming(missing, extra)
+        if not ours & theirs:
+            raise InputError(
+                "E0410",
+                f"{checkpoint.label} and {reference.label} have no tensor in common",
+                places=[_at(reference, n) for n in missing[:1]] + [_at(checkpoint, n) for n in extra[:1]],
+                why=renaming,
+                fix="check that both are of the same architecture and saved in the same way",
+            )
+        if missing:
+            close = nearest(missing[0], extra)
+            raise InputError(
+                "E0405",
+                f"{len(missing)} tensors of {reference.label} are missing in {checkpoint.label}: {_list(missing)}",
+                places=[Place(file=checkpoint.label, tensor=n) for n in missing[:5]],
+                why=renaming or (f"it has `{close}` instead" if close else ""),
+                fix="use models of the same architecture, or exclude the tensors (`exclude:`, --exclude)",
+            )
+        raise InputError(
+            "E0406",
+            f"{len(extra)} tensors of {checkpoint.label} are not in {reference.label}: {_list(extra)}",
+            places=[_at(checkpoint, n) for n in extra[:5]],
+            fix="exclude them (`exclude:`, --exclude), or with `heads: exclude` if they are task heads",
+        )
+    return warnings
+
+
+def _at(checkpoint: Checkpoint, name: str) -> Place:
+    return Place(file=checkpoint.place_of(name), tensor=name)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _guess_renaming(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """A prefix that explains the difference, as a sentence."""
+    if not missing or not extra:
+        return ""
+    theirs = set(extra)
+    for name in missing[:3]:
+        for other in extra:
+            for longer, shorter, verb in ((other, name, "adds"), (name, other, "lacks")):
+                prefix = longer.removesuffix(shorter)
+                if not longer.endswith(shorter) or not prefix.endswith("."):
+                    continue
+                renamed = [prefix + n if verb == "adds" else n.removeprefix(prefix) for n in missing]
+                if sum(n in theirs for n in renamed) > len(missing) // 2:
+                    return f"the second model {verb} the prefix `{prefix}`"
+    return ""
+
+
+def check_shapes(name: str, inputs: Sequence[Input]) -> None:
+    """All inputs of a tensor must have one shape, and hold floating-point numbers.
+
+    Raises:
+        InputError: E0405 (missing), E0407 (shape), E0413 (vocabulary), E0408 (integers).
+    """
+    for source in inputs:
+        if source.name not in source.checkpoint.specs():
+            raise InputError(
+                "E0405",
+                f"{source.checkpoint.label} has no tensor `{source.name}`",
+                places=Place(file=source.checkpoint.label, tensor=source.name),
+            )
+    first = inputs[0].spec
+    for source in inputs[1:]:
+        spec = source.spec
+        if not spec.is_float or not first.is_float:
+            raise InputError(
+                "E0408",
+                f"`{name}` holds weights in one model and integers in another",
+                places=[inputs[0].place, source.place],
+            )
+        if spec.shape == first.shape:
+            continue
+        places = [
+            Place(file=s.checkpoint.place_of(s.name), tensor=s.name, found=str(list(s.spec.shape)))
+            for s in (inputs[0], source)
+        ]
+        vocabulary = first.role in (Role.EMBEDDING, Role.HEAD) and first.shape[1:] == spec.shape[1:]
+        if vocabulary and len(first.shape) == 2 and "lassifier" not in name:
+            raise InputError(
+                "E0413",
+                f"the vocabularies differ: `{name}` has {first.shape[0]:,} and {spec.shape[0]:,} rows",
+                places=places,
+                fix="resize the embeddings to one vocabulary before merging, or exclude them to keep the base's",
+            )
+        transposed = spec.shape == first.shape[::-1]
+        raise InputError(
+            "E0407",
+            f"the shapes of `{name}` differ",
+            places=places,
+            why="one looks like the transpose of the other" if transposed else "the models differ in architecture",
+            fix=f"exclude it (--exclude '{name}'), or use models of one architecture",
+        )
+
+
+def check_configs(checkpoints: Sequence[Checkpoint], heads_apart: bool) -> None:
+    """The configurations must describe one architecture, the stored layers, and the same labels.
+
+    Raises:
+        InputError: E0409 (missing, or another architecture), E0411 (labels).
+    """
+    for checkpoint in checkpoints:
+        if checkpoint.folder is None:
+            continue
+        place = Place(file=str(checkpoint.folder / "config.json"))
+        if checkpoint.config is None:
+            raise InputError(
+                "E0409",
+                "the folder has no config.json",
+                places=place,
+                fix="name the .safetensors file itself to merge tensors without a configuration",
+            )
+        _check_layers(checkpoint, place)
+    configured = [c for c in checkpoints if c.config is not None]
+    for checkpoint in configured[1:]:
+        first = configured[0]
+        for key in ("model_type",):
+            ours, theirs = (first.config or {}).get(key), (checkpoint.config or {}).get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise InputError(
+                    "E0409",
+                    f"the models have different architectures: `{ours}` and `{theirs}`",
+                    places=[Place(file=str(c.folder or c.label), key=key) for c in (first, checkpoint)],
+                )
+        labels = [(c.config or {}).get("id2label") for c in (first, checkpoint)]
+        if (
+            not heads_apart
+            and _has_head(first)
+            and _has_head(checkpoint)
+            and None not in labels
+            and (labels[0] != labels[1])
+        ):
+            raise InputError(
+                "E0411",
+                "the models predict different label sets, so averaging their heads has no meaning",
+                places=[Place(file=str(c.folder or c.label), key="id2label") for c in (first, checkpoint)],
+                fix="set `heads: exclude` (--heads exclude), or `heads: keep-from MODEL`",
+            )
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    return any(spec.role is Role.HEAD for spec in checkpoint.specs().values())
+
+
+def _check_layers(checkpoint: Checkpoint, place: Place) -> None:
+    stems: dict[str, int] = {}
+    for name in checkpoint.specs():
+        found = layer_of(name)
+        if found:
+            stems[found[0]] = max(stems.get(found[0], 0), found[1] + 1)
+    claimed = (checkpoint.config or {}).get("num_hidden_layers")
+    if len(stems) == 1 and isinstance(claimed, int) and claimed != next(iter(stems.values())):
+        raise InputError(
+            "E0409",
+            f"config.json says {claimed} layers, the weights have {next(iter(stems.values()))}",
+            places=Place(file=place.file, key="num_hidden_layers"),
+        )
+
+
+def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
+    """Warnings where another parent's tokenizer or chat template is not that of the donor."""
+    warnings = []
+    for checkpoint in checkpoints:
+        if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
+            continue
+        for file in ("tokenizer.json", "vocab.txt", "tokenizer.model", "chat_template.jinja"):
+            ours, theirs = donor.folder / file, checkpoint.folder / file
+            if (
+                ours.is_file()
+                and theirs.is_file()
+                and (ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes())
+            ):
+                warnings.append(f"{file} of {checkpoint.label} differs from that of {donor.label}, which is used")
+    return warnings

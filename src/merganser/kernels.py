@@ -1,0 +1,284 @@
+"""Arithmetic on blocks: comparisons, exact reductions, exact selection by rank, and counter-based random masks.
+
+A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`. Everything here gives the same
+bits for any block size and any number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from merganser._torch import torch
+
+__all__ = [
+    "CHUNK",
+    "Bracket",
+    "Partials",
+    "RankCounter",
+    "any_of",
+    "at_least",
+    "chunk_dots",
+    "chunk_l1",
+    "compute_dtype",
+    "count_nonfinite",
+    "drop_mask",
+    "equal_to",
+    "exact_sum",
+    "first_nonfinite",
+    "key_dtype",
+    "magnitude_keys",
+    "nonzero",
+    "top_key",
+]
+
+CHUNK = 1 << 14
+"""Elements over which floating-point reductions run; blocks begin at multiples of it."""
+
+
+def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The type for arithmetic on inputs of `dtypes`: float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def at_least(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """``x >= threshold`` as a tensor of 0 and 1 (uint8), which multiplies faster than a boolean mask selects.
+
+    On the CPU the comparison runs in numpy, which is ten times faster at it than torch.
+    """
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.greater_equal(x.numpy(), threshold).view(np.uint8))
+    return (x >= threshold).to(torch.uint8)
+
+
+def nonzero(x: torch.Tensor) -> torch.Tensor:
+    """``x != 0`` as a tensor of 0 and 1 (uint8)."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.not_equal(x.numpy(), 0).view(np.uint8))
+    return (x != 0).to(torch.uint8)
+
+
+def any_of(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two masks (uint8) are 1 at the same place."""
+    if a.device.type == "cpu":
+        return bool(np.bitwise_and(a.numpy(), b.numpy()).any())
+    return bool((a & b).any())
+
+
+def equal_to(x: torch.Tensor, value: float) -> torch.Tensor:
+    """``x == value`` as a tensor of 0 and 1 (uint8)."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.equal(x.numpy(), value).view(np.uint8))
+    return (x == value).to(torch.uint8)
+
+
+Partials: TypeAlias = "npt.NDArray[np.float64]"
+"""Sums over consecutive chunks of `CHUNK` elements, in float64."""
+
+
+def chunk_dots(a: torch.Tensor, b: torch.Tensor) -> Partials:
+    """Inner products of two flat blocks over consecutive chunks, accumulated in float64.
+
+    `exact_sum` of those of all blocks is the inner product of the tensors, whatever the blocks were.
+    """
+    return _by_chunk(a, lambda x, first, last: x * b[first:last].view_as(x))
+
+
+def chunk_l1(a: torch.Tensor) -> Partials:
+    """Sums of magnitudes of a flat block over consecutive chunks, accumulated in float64."""
+    return _by_chunk(a, lambda x, first, last: x.abs())
+
+
+def _by_chunk(a: torch.Tensor, fn: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Partials:
+    whole = a.numel() - a.numel() % CHUNK
+    parts = []
+    for first, last, width in ((0, whole, CHUNK), (whole, a.numel(), a.numel() - whole)):
+        if last > first:
+            x = a[first:last].view(-1, width).double()
+            parts.append(fn(x, first, last).sum(dim=1).cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def exact_sum(parts: Sequence[Partials]) -> float:
+    """The correctly rounded sum of all partial sums, whatever their order (Shewchuk 1997, `math.fsum`)."""
+    return math.fsum(value for part in parts for value in part.tolist())
+
+
+def count_nonfinite(x: torch.Tensor) -> int:
+    """The number of NaN and infinite elements.
+
+    One sum decides the usual case: it is finite only if every element is (the converse fails when it overflows).
+    """
+    if not x.numel() or math.isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
+        return 0
+    return int(x.numel() - torch.isfinite(x).sum())
+
+
+def first_nonfinite(x: torch.Tensor) -> int:
+    """The index of the first NaN or infinite element of a flat tensor that has one."""
+    return int(torch.nonzero(~torch.isfinite(x))[0, 0])
+
+
+# --- selection by rank ------------------------------------------------------------------------------------------
+
+
+def key_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integer type of the bit patterns of a floating-point type."""
+    return torch.int64 if dtype == torch.float64 else torch.int32
+
+
+def top_key(dtype: torch.dtype) -> int:
+    """One more than the key of infinity: the keys of finite magnitudes lie in ``[0, top_key)``."""
+    return (0x7FF0000000000000 if dtype == torch.float64 else 0x7F800000) + 1
+
+
+def magnitude_keys(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of ``|x|``: integers in the order of the magnitudes. `x` is overwritten by ``|x|``."""
+    return x.abs_().view(key_dtype(x.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """An interval of keys in which the key of a given rank is sought.
+
+    A pass over the data counts, in a `RankCounter`, the keys below the interval and those in each of its bins;
+    `narrow` then gives the bin that holds the rank. From the full interval this is radix selection with digits of
+    `bits` bits: two passes for float32. From an interval guessed on a sample one pass suffices; a wrong guess is
+    noticed by the counts, and costs a pass, never the result.
+
+    Attributes:
+        rank: 0-based rank of the key that is sought, in ascending order.
+        low: first key of the interval.
+        high: one past its last key.
+        top: one past the largest possible key.
+        bits: log2 of the number of bins.
+    """
+
+    rank: int
+    low: int
+    high: int
+    top: int
+    bits: int = 16
+
+    @property
+    def found(self) -> bool:
+        """Whether only one key is left."""
+        return self.high - self.low == 1
+
+    @property
+    def shift(self) -> int:
+        """log2 of the number of keys per bin."""
+        return max(0, (self.high - self.low - 1).bit_length() - self.bits)
+
+    def narrow(self, counter: RankCounter, rank: int | None = None) -> Bracket:
+        """The interval that holds the rank (or another one), given the counts of all blocks."""
+        rank = self.rank if rank is None else rank
+        inside = int(counter.bins.sum())
+        if rank < counter.below:
+            return replace(self, low=0, high=self.low)
+        if rank >= counter.below + inside:
+            return replace(self, low=self.high, high=self.top)
+        cumulative = counter.bins.cumsum(0)
+        chosen = int(torch.searchsorted(cumulative, rank - counter.below, right=True))
+        low = self.low + (chosen << self.shift)
+        return replace(self, low=low, high=min(self.high, low + (1 << self.shift)))
+
+
+class RankCounter:
+    """Counts keys relative to a bracket. Blocks may be added from several threads.
+
+    Attributes:
+        size: the number of keys.
+        below: those below the interval.
+        bins: those in each bin (int64).
+    """
+
+    def __init__(self, bracket: Bracket) -> None:
+        self.size = 0
+        self.below = 0
+        self.bins = torch.zeros(((bracket.high - 1 - bracket.low) >> bracket.shift) + 1, dtype=torch.int64)
+        self._bracket = bracket
+        self._lock = threading.Lock()
+
+    def add(self, keys: torch.Tensor) -> None:
+        """Count the keys of a block."""
+        low, high, shift = self._bracket.low, self._bracket.high, self._bracket.shift
+        if low == 0 and high == self._bracket.top:
+            counts = torch.bincount(keys >> shift, minlength=self.bins.numel())[: self.bins.numel()].cpu()
+            with self._lock:
+                self.bins += counts
+                self.size += keys.numel()
+            return
+        # the first key is counted apart: where task vectors are sparse it is 0, and nearly all entries have it
+        below, first, inside = _split(keys, low, high)
+        index = ((inside - low) >> shift).long().cpu()
+        with self._lock:
+            self.below += below
+            self.bins[0] += first
+            self.bins.index_add_(0, index, torch.ones_like(index))
+            self.size += keys.numel()
+
+
+def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
+    """The numbers of keys below `low` and equal to it, and the keys in ``(low, high)``."""
+    if keys.device.type == "cpu":
+        array = keys.numpy()
+        upper = array > low
+        first = int(np.count_nonzero(array == low))
+        below = array.size - int(np.count_nonzero(upper)) - first
+        np.logical_and(upper, array < high, out=upper)
+        return below, first, torch.from_numpy(array[np.flatnonzero(upper)])
+    first = int((keys == low).sum())
+    return int((keys < low).sum()), first, keys[(keys > low) & (keys < high)]
+
+
+# --- counter-based masks -----------------------------------------------------------------------------------------
+
+
+def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rate: float) -> torch.Tensor:
+    """A mask of independent Bernoulli draws: 0 with probability `drop_rate` (dropped), else 1 (uint8, CPU).
+
+    Element p of a tensor depends only on (seed, model, name, p), never on the order in which blocks are made: byte p
+    of a Philox4x64-10 stream (Salmon et al., 2011) is compared with the first 8 bits of the rate, and the 1 in 256
+    draws that this leaves open are decided by a SplitMix64 hash of p with 64 more bits.
+
+    Args:
+        seed: the seed of the merge.
+        model: index of the model.
+        name: name of the tensor.
+        start: index of the first element; a multiple of 32.
+        count: number of elements.
+        drop_rate: probability in [0, 1].
+
+    Complexity: O(count), about 0.6 ns per element.
+    """
+    identity = f"{seed}\0{model}\0{name}".encode()
+    digest = hashlib.blake2b(identity, digest_size=24, person=b"merganser drop").digest()
+    key = np.frombuffer(digest, dtype="<u8")
+    generator = np.random.Philox(key=key[:2].astype(np.uint64), counter=start // 32)
+    words = generator.random_raw(-(-count // 8)).astype("<u8", copy=False)
+    draws = words.view(np.uint8)[:count]
+    coarse = math.floor(drop_rate * 256)
+    if coarse == 256:
+        return torch.zeros(count, dtype=torch.uint8)
+    mask = np.greater(draws, coarse)
+    undecided = np.flatnonzero(draws == coarse)
+    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
+    mask[undecided] = fine >= (drop_rate * 256 - coarse) * 2.0**64
+    return torch.from_numpy(mask.view(np.uint8))
+
+
+def _splitmix64(counter: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        z = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        result: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return result

@@ -1,0 +1,22 @@
+"""The merge methods, one file each, and the registry that knows them by name."""
+
+from merganser.methods._base import About, Block, BlockKey, Context, Method, TransformedBlock, TransformedContext
+from merganser.methods._options import option, option_info, option_name, per_model
+from merganser.methods._registry import all_methods, create_method, find_method
+
+__all__ = [
+    "About",
+    "Block",
+    "BlockKey",
+    "Context",
+    "Method",
+    "TransformedBlock",
+    "TransformedContext",
+    "all_methods",
+    "create_method",
+    "find_method",
+    "option",
+    "option_info",
+    "option_name",
+    "per_model",
+]

@@ -1,0 +1,297 @@
+"""What a method is, and what it sees of the models: blocks, and passes over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.errors import Place, RecipeError
+from merganser.methods._options import check_options, option, option_name
+
+__all__ = ["About", "Block", "BlockKey", "Context", "Method", "Transform", "TransformedBlock", "TransformedContext"]
+
+T = TypeVar("T")
+State = Any
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """A block: elements ``[start, stop)`` of one flattened tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Block(ABC):
+    """A run of elements of one tensor, in the base and in all models. Methods see nothing else of the files.
+
+    Tensors are flat, in the compute type. They live in reused buffers and may be overwritten: a second call for the
+    same slot overwrites the first call's tensor.
+
+    Attributes:
+        spec: the tensor.
+        key: which run of it.
+        weights: one number per model.
+        seed: the seed of the merge.
+    """
+
+    spec: BlockSpec
+    key: BlockKey
+    weights: tuple[float, ...]
+    seed: int
+
+    @property
+    @abstractmethod
+    def base(self) -> torch.Tensor:
+        """The base model's elements. Not to be overwritten."""
+
+    @abstractmethod
+    def model(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The elements of model `index`, in buffer `slot` (by default one of its own)."""
+
+    @abstractmethod
+    def buffer(self, name: str) -> torch.Tensor:
+        """A scratch tensor of the block's size; its contents are whatever was left there."""
+
+    @abstractmethod
+    def note(self, name: str, amount: int) -> None:
+        """Add to a count of the whole pass, which `Method.review` receives."""
+
+    @abstractmethod
+    def doubt(self) -> None:
+        """Mark this block's result as one that `Method.review` may ask to be computed again."""
+
+    def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The task vector ``W_i - W_0`` of model `index`, in buffer `slot`."""
+        return self.model(index, slot).sub_(self.base)
+
+    def deltas(self) -> list[torch.Tensor]:
+        """The task vectors of all models, each in its own buffer."""
+        return [self.delta(index) for index in range(len(self.weights))]
+
+
+class Context(ABC):
+    """The tensors that a method merges, for passes before the merge.
+
+    Attributes:
+        specs: the tensors by name, in natural order.
+        models: the number of models.
+        seed: the seed of the merge.
+        dtype: the compute type.
+        counters: how many int64 counters a method may keep without exceeding the memory budget.
+    """
+
+    specs: Mapping[str, BlockSpec]
+    models: int
+    seed: int
+    dtype: torch.dtype
+    counters: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of one model."""
+        return sum(spec.numel for spec in self.specs.values())
+
+    @abstractmethod
+    def only(self, name: str) -> Context:
+        """The same for one tensor alone."""
+
+    @abstractmethod
+    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every block, on several threads; yield the results in the order of the blocks.
+
+        Args:
+            fn: called with each block.
+            share: read only this fraction of every block (its middle), as a sample of the model.
+        """
+
+
+Transform = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]
+"""A change of a task vector: called with the block, the model's index and the delta, which it may overwrite."""
+
+
+class TransformedBlock(Block):
+    """A block whose task vectors have passed through a transform."""
+
+    def __init__(self, inner: Block, transform: Transform) -> None:
+        self.spec, self.key, self.weights, self.seed = inner.spec, inner.key, inner.weights, inner.seed
+        self._inner = inner
+        self._transform = transform
+
+    @property
+    def base(self) -> torch.Tensor:
+        """The base model's elements."""
+        return self._inner.base
+
+    def model(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """Base plus the transformed task vector."""
+        return self.delta(index, slot).add_(self.base)
+
+    def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The transformed task vector."""
+        return self._transform(self._inner, index, self._inner.delta(index, slot))
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A scratch tensor."""
+        return self._inner.buffer(name)
+
+    def note(self, name: str, amount: int) -> None:
+        """Add to a count of the pass."""
+        self._inner.note(name, amount)
+
+    def doubt(self) -> None:
+        """Mark the result as provisional."""
+        self._inner.doubt()
+
+
+class TransformedContext(Context):
+    """Passes over transformed task vectors."""
+
+    def __init__(self, inner: Context, transform: Transform) -> None:
+        self.specs, self.models, self.seed, self.dtype = inner.specs, inner.models, inner.seed, inner.dtype
+        self.counters = inner.counters
+        self._inner = inner
+        self._transform = transform
+
+    def only(self, name: str) -> Context:
+        """The same for one tensor."""
+        return TransformedContext(self._inner.only(name), self._transform)
+
+    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every transformed block."""
+        return self._inner.each(lambda block: fn(TransformedBlock(block, self._transform)), share=share)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the documentation, `methods` and `explain` say of a method.
+
+    Attributes:
+        title: one line.
+        equation: what it computes.
+        source: paper and arXiv id.
+        helps: when to use it.
+        hurts: when not to.
+        work: vector operations per element and model, over all passes, for the prediction of the time.
+        passes: how often every weight is read.
+        deviations: how other implementations differ.
+    """
+
+    title: str
+    equation: str
+    source: str
+    helps: str
+    hurts: str
+    work: float
+    passes: int = 1
+    deviations: str = ""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to merge: a frozen dataclass of validated options.
+
+    A new method is one file in ``merganser/methods`` (or an entry point in the group ``merganser.methods``) with a
+    subclass that names itself: ``class Mine(Method, name="mine")``.
+
+    Attributes:
+        scale: lambda; the merged task vector is multiplied by it.
+        name: the name in the registry, from the class statement.
+        aliases: other names of it.
+        about: what the documentation says.
+        scope: what `merge` may be given: any run of elements (``"element"``), whole tensors (``"block"``), any run
+            after passes over the whole model (``"model"``), or models one after the other (``"sequential"``).
+        needs: what must be given beside the models: ``"base"``, ...
+        arity: least and greatest number of models.
+        base_is_model: whether a base that is also listed among the models counts as one of them.
+    """
+
+    scale: float = option(1.0, "lambda: multiplies the merged task vector")
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]]
+    about: ClassVar[About]
+    scope: ClassVar[Literal["element", "block", "model", "sequential"]] = "element"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    arity: ClassVar[tuple[int, int | None]] = (1, None)
+    base_is_model: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, name: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            cls.aliases = aliases
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @classmethod
+    def options(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The options by name; a field that would clash with a method of this class ends in an underscore."""
+        return {option_name(field): field for field in dataclasses.fields(cls)}
+
+    def requires(self, models: int) -> frozenset[str]:
+        """What this method needs with these options and that many models: ``base``, ..."""
+        return self.needs
+
+    def passes(self) -> int:
+        """How often every weight is read with these options."""
+        return self.about.passes
+
+    def buffers(self, models: int) -> int:
+        """The number of block-sized buffers of the compute type that it uses, beside the base's."""
+        return models + 2
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """Check the number of models and the weights.
+
+        Raises:
+            RecipeError: E0308 (count of models), E0306 (a list of another length), E0307 (unusable weights).
+        """
+        low, high = self.arity
+        if models < low or (high is not None and models > high):
+            wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+            plural = "" if wanted.endswith(" 1") else "s"
+            raise RecipeError("E0308", f"`{self.name}` merges {wanted} model{plural}, {models} given")
+        for name, field in self.options().items():
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != models:
+                raise RecipeError(
+                    "E0306", f"option `{name}` has {len(value)} values for {models} models", places=Place(key=name)
+                )
+        if not all(math.isfinite(weight) for weight in weights):
+            raise RecipeError("E0307", f"the weights must be finite numbers, not {list(weights)}")
+
+    def prepare(self, context: Context) -> State:
+        """Earlier passes over the models, for whatever statistic `merge` needs."""
+        return None
+
+    @abstractmethod
+    def merge(self, block: Block, state: State) -> torch.Tensor:
+        """The merged elements of one block, in the compute type."""
+
+    def review(self, state: State, notes: Mapping[str, int]) -> State | None:
+        """After the merge: None if every block stands, or the state with which the doubted ones are merged again."""
+        return None
+
+
+def check_normalisable(method: Method, weights: Sequence[float]) -> None:
+    """Refuse weights that sum to zero, where they are to be normalised.
+
+    Raises:
+        RecipeError: E0307.
+    """
+    total = math.fsum(weights)
+    if abs(total) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
+        raise RecipeError(
+            "E0307",
+            f"the weights {list(weights)} sum to zero, so `{method.name}` cannot normalise them",
+            fix="change the weights, or set normalize to false",
+        )

@@ -1,0 +1,128 @@
+"""Options of a method: declared once as dataclass fields, checked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merganser.errors import Place, RecipeError
+
+__all__ = ["OptionInfo", "check_options", "option", "option_info", "option_name", "per_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class OptionInfo:
+    """What an option means and which values it takes.
+
+    Attributes:
+        help: one line.
+        bounds: text of the interval, e.g. ``(0, 1]``.
+        gt: open lower bound.
+        ge: closed lower bound.
+        lt: open upper bound.
+        le: closed upper bound.
+        choices: the allowed words.
+        per_model: whether a list with one value per model is allowed.
+    """
+
+    help: str
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    choices: tuple[str, ...] = ()
+    per_model: bool = False
+
+    @property
+    def bounds(self) -> str:
+        """The allowed values as text."""
+        if self.choices:
+            return ", ".join(self.choices)
+        low = f"({self.gt:g}" if self.gt is not None else f"[{self.ge:g}" if self.ge is not None else "(-inf"
+        high = f"{self.lt:g})" if self.lt is not None else f"{self.le:g}]" if self.le is not None else "inf)"
+        return "" if (low, high) == ("(-inf", "inf)") else f"{low}, {high}"
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] = (),
+    per_model: bool = False,
+) -> Any:
+    """A dataclass field that is an option of a method; its kind is that of the default."""
+    info = OptionInfo(help, gt, ge, lt, le, tuple(choices), per_model)
+    return dataclasses.field(default=default, metadata={"option": info})
+
+
+def option_info(field: dataclasses.Field[Any]) -> OptionInfo:
+    """The description of an option."""
+    info: OptionInfo = field.metadata["option"]
+    return info
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """The name by which users set a field."""
+    return field.name.rstrip("_")
+
+
+def per_model(value: Any, index: int) -> float:
+    """The value of an option for model `index`, where one value or one per model may be given."""
+    return float(value[index]) if isinstance(value, tuple) else float(value)
+
+
+def check_options(method: Any) -> None:
+    """Check every option of a method, and bring numbers into the kind of their default.
+
+    Raises:
+        RecipeError: E0306 with the option, its value and what is allowed.
+    """
+    for field in dataclasses.fields(method):
+        info = option_info(field)
+        value = getattr(method, field.name)
+        if info.per_model and isinstance(value, list | tuple):
+            checked: Any = tuple(_check(method, field, info, item) for item in value)
+        else:
+            checked = _check(method, field, info, value)
+        object.__setattr__(method, field.name, checked)
+
+
+def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: Any) -> Any:
+    def wrong(expected: str) -> RecipeError:
+        return RecipeError(
+            "E0306",
+            f"option `{option_name(field)}` of `{method.name}` is {value!r}; it must be {expected}",
+            places=Place(key=option_name(field)),
+        )
+
+    if value is None and field.default is None:
+        return None
+    if info.choices:
+        if value not in info.choices:
+            raise wrong(f"one of {', '.join(info.choices)}")
+        return value
+    if isinstance(field.default, bool):
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    whole = isinstance(field.default, int)
+    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
+        raise wrong("a whole number" if whole else "a number")
+    if not math.isfinite(value):
+        raise wrong("a finite number")
+    outside = (
+        (info.gt is not None and value <= info.gt)
+        or (info.ge is not None and value < info.ge)
+        or (info.lt is not None and value >= info.lt)
+        or (info.le is not None and value > info.le)
+    )
+    if outside:
+        raise wrong(f"in {info.bounds}")
+    return int(value) if whole else float(value)

@@ -1,0 +1,126 @@
+"""DARE: drop entries of task vectors at random, rescale the rest, then merge."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merganser import kernels
+from merganser._torch import torch
+from merganser.methods._base import (
+    About,
+    Block,
+    Context,
+    Method,
+    State,
+    Transform,
+    TransformedBlock,
+    TransformedContext,
+)
+from merganser.methods._options import option, per_model
+from merganser.methods.task_arithmetic import TaskArithmetic
+from merganser.methods.ties import Ties
+
+__all__ = ["Dare"]
+
+
+@dataclass(frozen=True)
+class _DareState:
+    transform: Transform
+    inner: State
+
+
+@dataclass(frozen=True)
+class Dare(Method, name="dare"):
+    """``t_i' = m_i t_i / (1 - p)`` with a random mask ``m_i`` that drops each entry with probability p, then a merge.
+
+    Masks are counter-based: entry p of a tensor is kept or dropped by (seed, model, tensor name, p) alone, so that
+    blocks, shards and threads do not change them. ``rescale="l1"`` multiplies by ``||t||_1 / ||m t||_1`` of the
+    tensor instead, as mergekit does. ``drop_rate=1`` returns the base.
+
+    The second stage sees the task vectors t_i': their sum (``task_arithmetic``), TIES with `density`, or their mean.
+    """
+
+    drop_rate: float = option(0.9, "probability p that an entry is dropped", ge=0.0, le=1.0, per_model=True)
+    rescale: str = option(
+        "expectation",
+        "divide by 1 - p, keep the L1 norm of the tensor, or neither",
+        choices=("expectation", "l1", "none"),
+    )
+    then: str = option("task_arithmetic", "the second stage", choices=("task_arithmetic", "ties", "average"))
+    density: float = option(0.2, "for then=ties: share that is kept", gt=0.0, le=1.0, per_model=True)
+
+    about = About(
+        title="Drop entries of the task vectors at random and rescale, then merge",
+        equation="t_i' = m_i t_i / (1 - p),  m_i ~ Bernoulli(1 - p);  then task arithmetic, TIES or the mean",
+        source="Yu et al., Language models are super Mario (DARE), 2024, arXiv:2311.03099",
+        helps="Fully fine-tuned LLMs with small task vectors, before TIES or task arithmetic; drop rate 0.5 to 0.9.",
+        hurts="Large task vectors (continued pre-training): dropping destroys them. Gains are small in any case.",
+        work=12,
+        deviations="mergekit rescales by the L1 norm of the tensor (rescale=l1), not 1/(1-p); in PEFT up to 0.18.1 "
+        "rescaling has no effect.",
+    )
+    scope = "model"
+    needs = frozenset({"base"})
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """Also what the second stage asks for."""
+        super().check(models, weights)
+        self._second().check(models, weights)
+
+    def passes(self) -> int:
+        """Those of the second stage, and one for the L1 norms."""
+        return self._second().passes() + (self.rescale == "l1")
+
+    def buffers(self, models: int) -> int:
+        """Those of the second stage, and one for the masks."""
+        return self._second().buffers(models) + 1
+
+    def _second(self) -> Method:
+        if self.then == "ties":
+            return Ties(scale=self.scale, density=self.density)
+        return TaskArithmetic(scale=self.scale, normalize=self.then == "average")
+
+    def prepare(self, context: Context) -> _DareState:
+        """The L1 norms, if they are asked for, and the passes of the second stage."""
+        factors = self._factors(context)
+
+        def transform(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
+            return self._drop(block, index, delta).mul_(factors[block.key.name][index])
+
+        return _DareState(transform, self._second().prepare(TransformedContext(context, transform)))
+
+    def _drop(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
+        rate, key = per_model(self.drop_rate, index), block.key
+        mask = kernels.drop_mask(block.seed, index, key.name, key.start, key.stop - key.start, rate)
+        return delta.mul_(mask.to(delta.device))
+
+    def _factors(self, context: Context) -> Mapping[str, list[float]]:
+        rates = [per_model(self.drop_rate, index) for index in range(context.models)]
+        if self.rescale != "l1":
+            rescale = self.rescale == "expectation"
+            factors = [1 / (1 - rate) if rescale and rate < 1 else 1.0 for rate in rates]
+            return dict.fromkeys(context.specs, factors)
+        norms: dict[str, list[list[kernels.Partials]]] = defaultdict(list)
+        for key, parts in context.each(lambda block: [self._norms(block, index) for index in range(context.models)]):
+            norms[key.name].append([part for pair in parts for part in pair])
+        result = {name: [1.0] * context.models for name in context.specs}
+        for name, blocks in norms.items():
+            sums = [kernels.exact_sum(column) for column in zip(*blocks, strict=True)]
+            result[name] = [full / kept if kept > 0 else 1.0 for full, kept in zip(sums[::2], sums[1::2], strict=True)]
+        return result
+
+    def _norms(self, block: Block, index: int) -> tuple[kernels.Partials, kernels.Partials]:
+        delta = block.delta(index, slot=0)
+        full = kernels.chunk_l1(delta)
+        return full, kernels.chunk_l1(self._drop(block, index, delta))
+
+    def merge(self, block: Block, state: _DareState) -> torch.Tensor:
+        """The second stage on the dropped and rescaled task vectors."""
+        return self._second().merge(TransformedBlock(block, state.transform), state.inner)
+
+    def review(self, state: _DareState, notes: Mapping[str, int]) -> _DareState | None:
+        """What the second stage says."""
+        inner = self._second().review(state.inner, notes)
+        return None if inner is None else _DareState(state.transform, inner)

@@ -1,0 +1,223 @@
+"""TIES: trim task vectors, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from merganser import kernels
+from merganser._torch import torch
+from merganser.methods._base import About, Block, BlockKey, Context, Method
+from merganser.methods._options import option, per_model
+from merganser.methods._select import magnitude_thresholds
+
+__all__ = ["Ties", "TiesState"]
+
+_SAMPLE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What is kept of one model's task vector: the magnitudes from `value` on.
+
+    With a `quota`, only that many of the entries that equal `value` are kept, those of lowest position; `before`
+    counts the equal ones in earlier blocks.
+    """
+
+    value: float
+    quota: int | None = None
+    before: Mapping[BlockKey, int] = field(default_factory=dict)
+
+    def trim(self, delta: torch.Tensor, magnitude: torch.Tensor, key: BlockKey) -> torch.Tensor:
+        """Set the entries that are not kept to zero, in place.
+
+        Returns:
+            The mask of what is kept (uint8), without entries that were zero anyway.
+        """
+        if self.value == 0:
+            return kernels.nonzero(delta)
+        torch.abs(delta, out=magnitude)
+        keep = kernels.at_least(magnitude, self.value)
+        if self.quota is not None:
+            tied = torch.nonzero(kernels.equal_to(magnitude, self.value)).view(-1)
+            keep[tied[max(0, self.quota - self.before[key]) :]] = 0
+        delta.mul_(keep)
+        return keep
+
+
+@dataclass(frozen=True)
+class TiesState:
+    """What earlier passes found.
+
+    Attributes:
+        thresholds: per tensor, or under None for the whole model: one per model.
+        majority: the sign that replaces an elected sign of 0.
+    """
+
+    thresholds: Mapping[str | None, tuple[Threshold, ...]]
+    majority: int
+
+
+@dataclass(frozen=True)
+class Ties(Method, name="ties"):
+    """Trim, elect sign, disjoint merge.
+
+    1. Trim: of each task vector keep the entries of largest magnitude, over the whole model or per tensor.
+    2. Elect: ``s = sign(sum_i w_i t_i)`` per entry; an elected 0 becomes the majority sign of the whole model.
+    3. Merge: over the models whose entry has sign s, ``sum w_i t_i / sum |w_i|`` (or the sum, or the largest).
+    4. ``W = W_0 + scale merged``.
+
+    The trim is exact: thresholds come from streaming radix selection. ``count="authors"`` keeps the entries from the
+    ``(d - int(d density))``-th smallest on, as the released code does (one more than the density says, and all equal
+    ones); ``count="exact"`` keeps ``int(d density)``, and of equal magnitudes those that come first in the natural
+    order of names and then of positions.
+
+    The majority sign matters only where entries cancel exactly. It is estimated on a sample, counted exactly during
+    the merge, and blocks that cancel are merged again where the estimate was wrong. With a majority of 0 such entries
+    stay 0.
+
+    Passes: one or two for the thresholds, one to merge. Memory: one buffer per model. O(models x elements).
+    """
+
+    density: float = option(0.2, "share of each task vector that is kept", gt=0.0, le=1.0, per_model=True)
+    trim: str = option("model", "threshold over the whole model or per tensor", choices=("model", "tensor"))
+    count: str = option("authors", "how many entries a density keeps", choices=("authors", "exact"))
+    zero_sign: str = option("majority", "sign where task vectors cancel exactly", choices=("majority", "positive"))
+    merge_: str = option("mean", "what is taken of the entries that agree", choices=("mean", "sum", "max"))
+
+    about = About(
+        title="Trim small changes, elect a sign per weight, average what agrees",
+        equation="W = W_0 + lambda mean{ t_i : sign(t_i) = sign(sum_j t_j) },  t_i = trim(W_i - W_0)",
+        source="Yadav et al., TIES-Merging, 2023, arXiv:2306.01708",
+        helps="Three or more tasks whose task vectors disagree in sign; usable untuned (density 0.2, scale 1).",
+        hurts="Two very similar models, or task vectors that are sparse already.",
+        work=14,
+        passes=2,
+        deviations="mergekit, PEFT and MergeLLM trim per tensor (trim=tensor); mergekit keeps an exact count with ties "
+        "broken arbitrarily (count=exact breaks them by position) and elects + on cancellation (zero_sign=positive); "
+        "FusionBench sums by default (merge=sum).",
+    )
+    scope = "model"
+    needs = frozenset({"base"})
+
+    def passes(self) -> int:
+        """Thresholds and merge; per tensor both radix digits are read in full; an exact count needs one more."""
+        return 2 + (self.trim == "tensor") + 2 * (self.count == "exact")
+
+    def prepare(self, context: Context) -> TiesState:
+        """The thresholds, and an estimate of the majority sign."""
+        if self.trim == "model":
+            scopes: dict[str | None, Context] = {None: context}
+        else:
+            scopes = {name: context.only(name) for name in context.specs}
+        state = TiesState({scope: self._thresholds(part) for scope, part in scopes.items()}, majority=0)
+        if self.zero_sign == "positive":
+            return replace(state, majority=1)
+        sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
+        share = _SAMPLE if sampled else 1.0
+        balances = context.each(lambda block: int(self._elect(block, state)[1].sum()), share=share)
+        return replace(state, majority=_sign(sum(balance for _, balance in balances)))
+
+    def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
+        numel = context.numel
+        kept = [int(numel * per_model(self.density, index)) for index in range(context.models)]
+        # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
+        ranks = [max(0, numel - n - (self.count == "authors")) for n in kept]
+        values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks]) if numel else [0.0] * len(kept)
+        values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
+        if self.count == "authors":
+            return tuple(Threshold(value) for value in values)
+        return self._exact(context, kept, values)
+
+    def _exact(self, context: Context, kept: list[int], values: list[float]) -> tuple[Threshold, ...]:
+        larger = [0] * context.models
+        equal = [0] * context.models
+        before: list[dict[BlockKey, int]] = [{} for _ in values]
+        for key, counts in context.each(lambda block: _count_around(block, values)):
+            for index, (above, tied) in enumerate(counts):
+                before[index][key] = equal[index]
+                larger[index] += above
+                equal[index] += tied
+        return tuple(
+            Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
+            for value, n, above, seen in zip(values, kept, larger, before, strict=True)
+        )
+
+    def _elect(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """The trimmed, weighted task vectors, the sign of their sum, and where any of them is kept."""
+        thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
+        scratch, total = block.buffer("magnitude"), block.buffer("sign")
+        trimmed: list[torch.Tensor] = []
+        for index, (weight, threshold) in enumerate(zip(block.weights, thresholds, strict=True)):
+            delta = block.delta(index)
+            keep = threshold.trim(delta, scratch, block.key)
+            if weight != 1:
+                delta.mul_(weight)
+            if not trimmed:
+                total.copy_(delta)
+                kept = keep
+            else:
+                total.add_(delta)
+                kept.bitwise_or_(keep)
+            trimmed.append(delta)
+        return trimmed, total.sign_(), kept
+
+    def merge(self, block: Block, state: TiesState) -> torch.Tensor:
+        """The disjoint merge of one block."""
+        trimmed, sign, kept = self._elect(block, state)
+        undecided = kernels.equal_to(sign, 0.0)
+        block.note("balance", int(sign.sum()))
+        if len(trimmed) > 1 and kernels.any_of(undecided, kept):
+            block.doubt()
+            sign.add_(undecided, alpha=state.majority)
+        merged = self._disjoint(block, trimmed, sign)
+        if self.scale != 1:
+            merged.mul_(self.scale)
+        return merged.add_(block.base)
+
+    def _disjoint(self, block: Block, trimmed: list[torch.Tensor], sign: torch.Tensor) -> torch.Tensor:
+        agreeing = [delta.mul_(sign).clamp_(min=0) for delta in trimmed]
+        result = agreeing[0]
+        if self.merge_ == "max":
+            for delta in agreeing[1:]:
+                torch.maximum(result, delta, out=result)
+            return result.mul_(sign)
+        share = block.buffer("magnitude")
+        counted = block.buffer("count")
+        if self.merge_ == "mean":
+            torch.sign(result, out=counted)
+            if block.weights[0] != 1:
+                counted.mul_(abs(block.weights[0]))
+        for delta, weight in zip(agreeing[1:], block.weights[1:], strict=True):
+            result.add_(delta)
+            if self.merge_ == "mean":
+                counted.add_(torch.sign(delta, out=share), alpha=abs(weight))
+        if self.merge_ == "mean":
+            # where nothing agrees the sum is 0, whatever it is divided by
+            result.div_(counted.clamp_(min=torch.finfo(counted.dtype).tiny))
+        return result.mul_(sign)
+
+    def buffers(self, models: int) -> int:
+        """One per model, and four for signs, magnitudes, counts and masks."""
+        return models + 4
+
+    def review(self, state: TiesState, notes: Mapping[str, int]) -> TiesState | None:
+        """Whether the majority sign was estimated correctly."""
+        if self.zero_sign == "positive":
+            return None
+        majority = _sign(notes.get("balance", 0))
+        return None if majority == state.majority else replace(state, majority=majority)
+
+
+def _sign(value: int) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _count_around(block: Block, values: list[float]) -> list[tuple[int, int]]:
+    """For each model the numbers of magnitudes above its threshold, and equal to it."""
+    counts = []
+    for index, value in enumerate(values):
+        magnitude = block.delta(index, slot=0).abs_()
+        tied = int(kernels.equal_to(magnitude, value).sum())
+        counts.append((int(kernels.at_least(magnitude, value).sum()) - tied, tied))
+    return counts

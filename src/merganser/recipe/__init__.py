@@ -1,0 +1,18 @@
+"""Recipes: the grammar of the files, their settings, and what they all become."""
+
+from merganser.recipe._recipe import Recipe, Slice, Source, filters_of, load_recipe, same_model, simple_recipe
+from merganser.recipe._settings import Parameters, Setting
+from merganser.recipe._yaml import parse_scalar
+
+__all__ = [
+    "Parameters",
+    "Recipe",
+    "Setting",
+    "Slice",
+    "Source",
+    "filters_of",
+    "load_recipe",
+    "parse_scalar",
+    "same_model",
+    "simple_recipe",
+]
