@@ -65,4 +65,5 @@ def _guess(bracket: Bracket, counter: RankCounter, numel: int, bits: int) -> Bra
     margin = _MARGIN * counter.size
     low = bracket.narrow(counter, max(0, int(expected - margin))).low
     high = bracket.narrow(counter, min(counter.size - 1, int(expected + margin))).high
-    return replace(bracket, low=low, high=high, bits=bits)
+    # at least two keys wide, so that a full pass verifies it
+    return replace(bracket, low=low, high=max(high, low + 2), bits=bits)

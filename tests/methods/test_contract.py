@@ -1,0 +1,161 @@
+"""What every method must hold. The table is the registry: a new method is tested by being there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merganser as mg
+from merganser.engine import LocalThreads, execute, make_plan
+from merganser.engine._merge import _MemorySink
+from merganser.methods import all_methods
+from merganser.recipe import simple_recipe
+
+State = dict[str, torch.Tensor]
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("average", {}),
+    ("average", {"normalize": False, "weights": [0.5, 0.25]}),
+    ("task_arithmetic", {"scale": 0.4}),
+    ("slerp", {"t": 0.3}),
+    ("ties", {}),
+    ("ties", {"trim": "tensor", "count": "exact", "merge": "sum"}),
+    ("ties", {"count": "exact", "merge": "max", "zero_sign": "positive", "density": [0.1, 0.6]}),
+    ("dare", {"drop_rate": 0.5}),
+    ("dare", {"drop_rate": 0.3, "rescale": "l1", "then": "ties"}),
+    ("dare", {"drop_rate": [0.2, 0.7], "rescale": "none", "then": "average"}),
+]
+IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert {cls.name for cls in all_methods().values()} == {name for name, _ in CASES}
+
+
+def make_state(seed: int, dtype: torch.dtype = torch.float32) -> State:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "model.embed_tokens.weight": torch.randn(300, 40, generator=g).to(dtype),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(160, 130, generator=g).to(dtype),
+        "model.layers.0.mlp.up_proj.bias": torch.randn(160, generator=g).to(dtype),
+        "model.layers.0.conv.weight": torch.randn(4, 3, 3, 3, generator=g).to(dtype),
+        "model.layers.0.three.weight": torch.randn(4, 3, 5, generator=g).to(dtype),
+        "model.layers.0.norm.weight": torch.randn(40, generator=g).to(dtype),
+        "model.layers.0.empty": torch.zeros(0, 4, dtype=dtype),
+        "logit_scale": torch.randn((), generator=g).to(dtype),
+    }
+
+
+def tuned(base: State, seed: int, scale: float = 0.1, frozen: str = "") -> State:
+    noise = make_state(seed)
+    return {k: v.clone() if k == frozen else (v.float() + scale * noise[k]).to(v.dtype) for k, v in base.items()}
+
+
+BASE = make_state(0)
+A, B = tuned(BASE, 1), tuned(BASE, 2)
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_inputs_are_not_modified_and_shapes_stay(method: str, options: dict[str, Any]) -> None:
+    before = [{k: v.clone() for k, v in state.items()} for state in (BASE, A, B)]
+    merged = mg.merge([A, B], base=BASE, method=method, **options)
+    for old, new in zip(before, (BASE, A, B), strict=True):
+        assert all(torch.equal(old[k], new[k]) for k in old)
+    assert list(merged) == list(BASE)
+    assert all(merged[k].shape == v.shape and merged[k].dtype == v.dtype for k, v in BASE.items())
+    assert all(torch.isfinite(v).all() for v in merged.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_identical_models(method: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Copies of the base return the base; copies of one model return it wherever the method is an average."""
+    base = {k: v.to(dtype) for k, v in BASE.items()}
+    copies = [{k: v.clone() for k, v in base.items()} for _ in range(2)]
+    merged = mg.merge(copies, base=base, method=method, **options)
+    unnormalised = options.get("normalize") is False
+    for name, value in base.items():
+        expected = (value.double() * 0.75).to(dtype) if unnormalised else value
+        assert torch.allclose(merged[name], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+@pytest.mark.parametrize("method", ["average", "slerp"])
+def test_copies_average_to_themselves(method: str, n: int) -> None:
+    count = 2 if method == "slerp" else n
+    merged = mg.merge([A] * count, method=method)
+    assert all(torch.allclose(merged[k], v, rtol=1e-6, atol=0) for k, v in A.items())
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_one_model_equal_to_the_base(method: str, options: dict[str, Any]) -> None:
+    copy = {k: v.clone() for k, v in BASE.items()}
+    merged = mg.merge([copy, B], base=BASE, method=method, **options)
+    assert all(torch.isfinite(v).all() for v in merged.values())
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_frozen_tensors_stay(method: str, options: dict[str, Any]) -> None:
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    models = [tuned(BASE, seed, frozen=frozen) for seed in (3, 4)]
+    merged = mg.merge(models, base=BASE, method=method, **options)
+    factor = 0.75 if options.get("normalize") is False else 1.0
+    assert torch.allclose(merged[frozen], BASE[frozen] * factor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_permutation_of_models(method: str, options: dict[str, Any]) -> None:
+    if method in ("dare", "slerp") or any(isinstance(v, list) for v in options.values()):
+        pytest.skip("masks, poles or per-model options belong to positions")
+    one = mg.merge([A, B], base=BASE, method=method, **options)
+    two = mg.merge([B, A], base=BASE, method=method, **options)
+    assert all(torch.allclose(one[k], two[k], rtol=1e-5, atol=1e-6) for k in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_same_bits_for_any_blocks_threads_and_source(
+    method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Blocks, threads, memory or disk, one file or shards: the bits are the same."""
+    states = [{k: v.to(dtype) for k, v in state.items()} for state in (BASE, A, B)]
+    weights = options.get("weights")
+    rest = {k: v for k, v in options.items() if k != "weights"}
+    recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, options=rest)
+    results = []
+    for elements, threads in ((1 << 14, 1), (1 << 14, 3), (1 << 20, 2)):
+        plan = make_plan(recipe, threads=threads)
+        object.__setattr__(plan, "block_elements", elements)
+        sink = _MemorySink(plan)
+        execute(plan, sink, executor=LocalThreads(threads))
+        results.append(sink.tensors)
+    files = []
+    for index, state in enumerate(states):
+        files.append(tmp_path / f"{index}.safetensors")
+        save_file(dict(reversed(state.items())), files[-1])
+    out = mg.merge(files[1:], base=files[0], method=method, out=tmp_path / "out.safetensors", **options)
+    results.append(load_file(out))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+def test_bf16_inputs_are_subtracted_in_float32(method: str, options: dict[str, Any]) -> None:
+    """The result is the rounding of the float32 result on the same values."""
+    half = [{k: v.bfloat16() for k, v in s.items()} for s in (BASE, A, B)]
+    wide = [{k: v.float() for k, v in s.items()} for s in half]
+    narrow = mg.merge(half[1:], base=half[0], method=method, **options)
+    exact = mg.merge(wide[1:], base=wide[0], method=method, **options)
+    assert all(torch.equal(narrow[k], exact[k].bfloat16()) for k in narrow)
+
+
+def test_float64_stays_float64() -> None:
+    states = [{k: v.double() for k, v in s.items()} for s in (BASE, A, B)]
+    merged = mg.merge(states[1:], base=states[0], method="task_arithmetic", scale=0.3)
+    for name, value in states[0].items():
+        expected = value + 0.3 * ((states[1][name] - value) + (states[2][name] - value))
+        assert torch.equal(merged[name], expected)

@@ -1,0 +1,113 @@
+"""Selection, masks and reductions against dense computations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merganser import kernels
+from merganser.kernels import Bracket, RankCounter
+
+
+def select(
+    values: torch.Tensor, rank: int, *, pieces: int = 3, start: tuple[int, int] | None = None, bits: int = 16
+) -> float:
+    """The magnitude of a rank, found in passes over pieces."""
+    top = kernels.top_key(values.dtype)
+    low, high = start or (0, top)
+    bracket = Bracket(rank, low, high, top, bits)
+    for _ in range(12):
+        if bracket.found:
+            key = torch.tensor([bracket.low]).to(kernels.key_dtype(values.dtype))
+            return float(key.view(values.dtype)[0])
+        counter = RankCounter(bracket)
+        for piece in values.clone().chunk(pieces):
+            counter.add(kernels.magnitude_keys(piece.contiguous()))
+        bracket = bracket.narrow(counter)
+    raise AssertionError("the selection did not end")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "bf16 lattice", "mostly zero", "constant"])
+def test_rank_selection_is_exact(dtype: torch.dtype, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator, dtype=dtype)
+    if kind == "bf16 lattice":
+        x = x.bfloat16().to(dtype)
+    elif kind == "mostly zero":
+        x[torch.rand(5000, generator=generator) < 0.9] = 0
+    elif kind == "constant":
+        x = torch.full_like(x, -0.25)
+    for rank in (0, 1, 999, 2500, 4000, 4998, 4999):
+        expected = float(x.abs().kthvalue(rank + 1).values)
+        assert select(x, rank) == expected
+        assert select(x, rank, bits=8) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=1, max_size=50),
+    low=st.integers(0, 0x7F800000),
+    width=st.integers(2, 1 << 22),
+    data=st.data(),
+)
+def test_a_wrong_guess_costs_passes_not_the_result(
+    values: list[float], low: int, width: int, data: st.DataObject
+) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    rank = data.draw(st.integers(0, len(values) - 1))
+    high = min(low + width, kernels.top_key(torch.float32))
+    assert select(x, rank, start=(low, high)) == float(x.abs().kthvalue(rank + 1).values)
+
+
+def test_masks_depend_on_position_alone() -> None:
+    whole = kernels.drop_mask(7, 1, "layer.weight", 0, 100_000, 0.9)
+    parts = [
+        kernels.drop_mask(7, 1, "layer.weight", s, min(32 * 400, 100_000 - s), 0.9) for s in range(0, 100_000, 32 * 400)
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    for other in ((8, 1, "layer.weight"), (7, 2, "layer.weight"), (7, 1, "layer.bias")):
+        assert not torch.equal(whole, kernels.drop_mask(*other, 0, 100_000, 0.9))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1 / 256, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0])
+def test_masks_drop_at_the_rate(rate: float) -> None:
+    n = 1 << 20
+    dropped = n - int(kernels.drop_mask(0, 0, "w", 0, n, rate).sum())
+    assert abs(dropped - n * rate) <= 5 * math.sqrt(n * rate * (1 - rate)) + 1e-9
+
+
+def test_masks_are_independent_draws() -> None:
+    n = 1 << 18
+    x = kernels.drop_mask(0, 0, "w", 0, n, 0.5).double() - 0.5
+    for shift in (1, 2, 7, 8, 32, 256):
+        assert abs(float((x[shift:] * x[:-shift]).mean())) < 5 * 0.25 / math.sqrt(n)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 70_000), st.integers(1, 5))
+def test_chunked_products_do_not_depend_on_the_blocks(numel: int, chunks: int) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    a, b = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator)
+    step = chunks * kernels.CHUNK
+    blocks = range(0, numel, step)
+    whole = kernels.exact_sum([kernels.chunk_dots(a, b)])
+    assert whole == kernels.exact_sum([kernels.chunk_dots(a[s : s + step], b[s : s + step]) for s in blocks])
+    assert whole == pytest.approx(float(a.double() @ b.double()), rel=1e-9, abs=1e-9)
+    assert kernels.exact_sum([kernels.chunk_l1(a)]) == pytest.approx(float(a.double().abs().sum()), rel=1e-12)
+
+
+def test_nonfinite_values_are_counted_and_found() -> None:
+    x = torch.ones(1000)
+    assert kernels.count_nonfinite(x) == 0
+    x[[17, 400]] = torch.tensor([math.nan, math.inf])
+    assert kernels.count_nonfinite(x) == 2
+    assert kernels.first_nonfinite(x) == 17
+    huge = torch.full((1000,), 3e38)
+    assert kernels.count_nonfinite(huge) == 0  # their sum overflows, they do not
+    assert np.isinf(float(huge.sum()))
