@@ -5,14 +5,14 @@ from __future__ import annotations
 import enum
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BlockSpec", "Role", "infer_role", "is_head", "layer_of", "natural_key"]
+__all__ = ["BlockSpec", "Role", "infer_role", "is_head", "layer_counts", "layer_of", "natural_key"]
 
 
 class Role(str, enum.Enum):
@@ -102,6 +102,16 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
     """
     match = _LAYER.match(name)
     return (match["stem"], int(match["index"]), match["rest"]) if match else None
+
+
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """The number of layers of every stack of numbered layers, by the stem of its names."""
+    counts: dict[str, int] = {}
+    for name in names:
+        found = layer_of(name)
+        if found:
+            counts[found[0]] = max(counts.get(found[0], 0), found[1] + 1)
+    return counts
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

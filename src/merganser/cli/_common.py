@@ -146,8 +146,16 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def one_torch_thread() -> None:
-    """This program runs blocks in threads of its own, so each torch operation runs in one."""
+def settle_process() -> None:
+    """Settings of this process, which only an application may choose.
+
+    Blocks run in threads of our own, so each torch operation runs in one. A plan makes hundreds of thousands of small
+    objects that live until the end; the collector is told not to look through them again and again.
+    """
+    import gc
+
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from merganser.cli._app import app, emit
-from merganser.cli._common import Json, one_torch_thread
+from merganser.cli._common import Json, settle_process
 from merganser.errors import escape
 
 
@@ -25,7 +25,7 @@ def diff(
     from merganser.checkpoint import open_checkpoint
     from merganser.engine import Difference, compare, group_of
 
-    one_torch_thread()
+    settle_process()
     first, second = open_checkpoint(a), open_checkpoint(b)
     origin = None if base is None else open_checkpoint(base)
     structure = _structure(first, second)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from merganser.cli._app import app, emit
-from merganser.cli._common import Json, format_size, one_torch_thread
+from merganser.cli._common import Json, format_size, settle_process
 from merganser.errors import escape
 
 
@@ -23,6 +23,7 @@ def inspect(
     from merganser.blocks import natural_key
     from merganser.checkpoint import open_checkpoint
 
+    settle_process()
     checkpoint = open_checkpoint(model)
     specs = checkpoint.specs()
     names = [n for n in sorted(specs, key=natural_key) if pattern is None or fnmatch.fnmatchcase(n, pattern)]
@@ -30,7 +31,6 @@ def inspect(
     if stats:
         from merganser.engine import statistics
 
-        one_torch_thread()
         measured = statistics(checkpoint, names)
     rows = [_row(specs[name], measured.get(name)) for name in names]
     dtypes: dict[str, int] = {}

@@ -25,8 +25,8 @@ from merganser.cli._common import (
     build_recipe,
     format_seconds,
     format_size,
-    one_torch_thread,
     parse_size,
+    settle_process,
 )
 from merganser.errors import escape
 
@@ -64,7 +64,7 @@ def merge(
     from merganser.cli._progress import Progress
     from merganser.engine import make_plan, save
 
-    one_torch_thread()
+    settle_process()
     plan = make_plan(recipe, threads=threads, max_memory=budget)
     for text in () if quiet else plan.warnings:
         print(f"warning: {escape(text)}", file=sys.stderr)
@@ -118,6 +118,7 @@ def plan(
     budget = parse_size(max_memory)
     from merganser.engine import check_output, make_plan
 
+    settle_process()
     made = make_plan(recipe, threads=threads, max_memory=budget)
     if out is not None:
         from pathlib import Path
@@ -130,12 +131,12 @@ def plan(
         spec = tensor.spec
         shape = "x".join(map(str, spec.shape)) or "scalar"
         print(f"{escape(spec.name)}  {shape}  {_dtype(spec.dtype)}  {_rule(tensor)}")
-    rules: dict[str, list[Any]] = {}
+    rules: dict[Any, list[Any]] = {}
     for tensor in made.tensors:
-        rules.setdefault(_rule(tensor), []).append(tensor)
-    for rule, tensors in rules.items():
+        rules.setdefault((tensor.method, tensor.weights, tensor.reason), []).append(tensor)
+    for tensors in rules.values():
         size = format_size(sum(t.spec.nbytes for t in tensors))
-        print(f"{len(tensors):6d} tensors  {size:>8}  {rule}")
+        print(f"{len(tensors):6d} tensors  {size:>8}  {_rule(tensors[0])}")
     for name, reason in made.omitted:
         print(f"left out: {escape(name)} ({escape(reason)})")
     print(f"read         {format_size(made.bytes_read)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from merganser.blocks import Role, layer_of
+from merganser.blocks import Role, layer_counts
 from merganser.checkpoint import Checkpoint
 from merganser.engine._stream import Input
 from merganser.errors import InputError, Place, escape, nearest
@@ -32,34 +32,53 @@ _TIED = {
 """Names under which architectures store a second copy of a tied tensor, and the tensors that count."""
 
 
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""Second names that a configuration may untie."""
+
+
 def find_ties(
     checkpoints: Sequence[Checkpoint],
 ) -> tuple[dict[int, dict[str, str]], list[tuple[Input, Input]]]:
     """Second names of tied tensors in each model (by its id), and the pairs whose equality is to be verified.
 
-    A stored second copy is an alias if the configuration ties it, or if another model of the merge does not store it.
+    A stored second copy is an alias if a configuration ties it, or if another model does not store it; not so in a
+    model whose own configuration unties it.
 
     Complexity: O(models x tensors).
     """
+    tied = {second for second in _TIED if any(_ties(checkpoint, second, checkpoints) for checkpoint in checkpoints)}
     result: dict[int, dict[str, str]] = {}
     pairs: list[tuple[Input, Input]] = []
     for checkpoint in checkpoints:
-        specs = checkpoint.specs()
         aliases = dict(checkpoint.aliases())
-        for second, owners in _TIED.items():
-            owner = next((name for name in owners if name in specs), None)
-            if second not in specs or owner is None or second in aliases:
-                continue
-            if specs[second].shape != specs[owner].shape or specs[second].dtype != specs[owner].dtype:
-                continue
-            shared = second.endswith("embed_tokens.weight")
-            declared = bool((checkpoint.config or {}).get("tie_word_embeddings"))
-            elsewhere = any(second not in c.specs() and owner in c.specs() for c in checkpoints if c is not checkpoint)
-            if shared or declared or elsewhere:
+        untied = (checkpoint.config or {}).get("tie_word_embeddings") is False
+        for second in tied - set(aliases):
+            owner = _owner(checkpoint, second)
+            if owner is not None and not (untied and second in _HEADS):
                 aliases[second] = owner
                 pairs.append((Input(checkpoint, second), Input(checkpoint, owner)))
         result[id(checkpoint)] = aliases
-    return result, pairs
+    return result, sorted(pairs, key=lambda pair: (pair[0].checkpoint.label, pair[0].name))
+
+
+def _owner(checkpoint: Checkpoint, second: str) -> str | None:
+    """The stored tensor that `second` would be a copy of, if it is stored in the same shape."""
+    specs = checkpoint.specs()
+    owner = next((name for name in _TIED[second] if name in specs), None)
+    if owner is None or second not in specs:
+        return None
+    same = specs[second].shape == specs[owner].shape and specs[second].dtype == specs[owner].dtype
+    return owner if same else None
+
+
+def _ties(checkpoint: Checkpoint, second: str, checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether this model stores a copy that is tied by its configuration, by its kind, or by the other models."""
+    owner = _owner(checkpoint, second)
+    if owner is None:
+        return False
+    declared = (checkpoint.config or {}).get("tie_word_embeddings")
+    elsewhere = any(second not in c.specs() and owner in c.specs() for c in checkpoints)
+    return second not in _HEADS or declared is True or (elsewhere and declared is not False)
 
 
 def check_names(
@@ -232,11 +251,7 @@ def _has_head(checkpoint: Checkpoint) -> bool:
 
 
 def _check_layers(checkpoint: Checkpoint, place: Place) -> None:
-    stems: dict[str, int] = {}
-    for name in checkpoint.specs():
-        found = layer_of(name)
-        if found:
-            stems[found[0]] = max(stems.get(found[0], 0), found[1] + 1)
+    stems = layer_counts(checkpoint.specs())
     claimed = (checkpoint.config or {}).get("num_hidden_layers")
     if len(stems) == 1 and isinstance(claimed, int) and claimed != next(iter(stems.values())):
         raise InputError(
