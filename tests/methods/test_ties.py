@@ -8,7 +8,7 @@ import torch
 import merganser as mg
 from merganser.engine import execute, make_plan
 from merganser.engine._merge import _MemorySink
-from merganser.methods import ties
+from merganser.methods import Context, ties
 from merganser.recipe import simple_recipe
 
 
@@ -49,7 +49,7 @@ def test_a_wrong_estimate_of_the_majority_is_corrected(monkeypatch: pytest.Monke
     expected = mg.to_memory(plan)["w"]
     prepare = ties.Ties.prepare
 
-    def misled(self: ties.Ties, context: ties.Context) -> ties.TiesState:
+    def misled(self: ties.Ties, context: Context) -> ties.TiesState:
         state = prepare(self, context)
         return ties.TiesState(state.thresholds, -state.majority)
 

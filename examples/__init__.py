@@ -1,0 +1,1 @@
+"""Things to run and read: each example is a small program that uses the library as anyone would."""
