@@ -135,7 +135,7 @@ class FolderOutput:
             Warnings about what was changed on the way, such as removed configuration keys.
         """
         for writer in self._writers.values():
-            writer.close(sync=False)
+            writer.close(sync=True)
         self._verify()
         notes: list[str] = []
         if self._single:
