@@ -45,6 +45,7 @@ CATALOGUE: dict[str, str] = {
     "E0309": "A filter of the recipe matches no tensor, or leaves a required option without a value.",
     "E0310": "The layer range of a slice does not exist in the model, or the slices do not fit together.",
     "E0311": "The data type is unknown or cannot hold merged weights.",
+    "E0312": "The solver does not fit the metric: a preconditioned or exact solution needs damping, or a closed form.",
     "E0401": "The model was not found, or the folder holds no weights that can be read.",
     "E0402": "A safetensors file is damaged: truncated, with a broken header, or with bytes that belong to no tensor.",
     "E0403": "The file is not a safetensors file, whatever its name says.",
@@ -58,15 +59,26 @@ CATALOGUE: dict[str, str] = {
     "E0411": "The models predict different label sets, so their heads cannot be merged.",
     "E0412": "An input changed while it was read.",
     "E0413": "The vocabulary or tokenizer of the models differs.",
+    "E0414": "A data file cannot be read: not UTF-8, not JSON lines, truncated, or of another kind.",
+    "E0415": "An example of the data lacks a value that is needed, or has one of the wrong kind.",
+    "E0416": "A label of the data is out of the model's range, or is not one of its labels.",
+    "E0417": "The data hold no example.",
+    "E0418": "A statistics file is damaged, of another format version, or does not fit the model or the other files.",
+    "E0419": "Statistics of this kind cannot be collected from this model.",
+    "E0420": "The optimizer state does not fit the model, or holds no second moment of Adam.",
     "E0501": "A path inside a checkpoint points outside its folder.",
     "E0502": "The weights are stored as a pickle, which can run code when it is read.",
+    "E0503": "The model needs code from its folder, which is never run.",
     "E0601": "The weights contain values that are not finite.",
     "E0602": "The merged weights are not finite although the inputs are: the result overflows its data type.",
+    "E0603": "A statistic, or the loss that it is made from, is not finite.",
+    "E0604": "A statistic has values that it cannot have: a negative Fisher, an asymmetric or indefinite Gram matrix.",
     "E0701": "The output already exists, or cannot be created.",
     "E0702": "The output is one of the inputs, or lies inside one.",
     "E0703": "A file cannot be read or written: permission denied, or another error of the operating system.",
     "E0704": "A package that this command needs is not installed.",
     "E0705": "The model is not on this machine, and is not downloaded implicitly.",
+    "E0706": "The device does not exist, or torch was built without it.",
     "E0801": "The disk has too little free space for the output.",
     "E0802": "The merge does not fit the memory budget.",
     "E0803": "The disk filled up, or another resource ran out, while writing.",
@@ -194,9 +206,12 @@ def escape(text: str) -> str:
         text = f"{text[:200]}...({len(text)} characters)...{text[-60:]}"
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        ch if unicodedata.category(ch)[0] != "C" or ch == "\t" else ch.encode("unicode_escape").decode() for ch in text
-    )
+    return "".join(ch if _is_shown(ch) else ch.encode("unicode_escape").decode() for ch in text)
+
+
+def _is_shown(ch: str) -> bool:
+    category = unicodedata.category(ch)
+    return category[0] != "C" and category not in ("Zl", "Zp")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

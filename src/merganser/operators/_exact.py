@@ -1,0 +1,59 @@
+"""Solutions of symmetric positive semi-definite systems in float64: Cholesky, else the eigenvectors of the range."""
+
+from __future__ import annotations
+
+from merganser._torch import torch
+
+__all__ = ["eigenbasis", "rank_tolerance", "solve_psd"]
+
+
+def rank_tolerance(dtype: torch.dtype, size: int) -> float:
+    """The eigenvalue, relative to the largest, below which a direction counts as null space.
+
+    Statistics of type `dtype` carry rounding errors of a few units of their last digit relative to the largest
+    eigenvalue; float64 arithmetic on n x n matrices adds n units of its own.
+    """
+    return max(4 * torch.finfo(dtype).eps, size * torch.finfo(torch.float64).eps)
+
+
+def eigenbasis(
+    matrix: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenvalues, eigenvectors and which of them span the range, of a matrix ``[n, n]``, in float64.
+
+    Args:
+        matrix: symmetric positive semi-definite.
+        dtype: the type of what it was computed from, by default its own.
+
+    Returns:
+        Values ``[n]`` (0 outside the range), vectors ``[n, n]`` in columns, and a mask ``[n]``. O(n^3).
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    tolerance = rank_tolerance(dtype or matrix.dtype, matrix.shape[-1])
+    kept = values > tolerance * values[..., -1:].clamp(min=0)
+    return values * kept, vectors, kept
+
+
+def solve_psd(matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+    """``M^+ b`` for a symmetric positive semi-definite M ``[n, n]`` and ``b`` ``[n, k]``.
+
+    Cholesky where M is safely positive definite, which its pivots tell; otherwise a solve in the range of M, which
+    leaves out directions whose eigenvalue is below `rank_tolerance` of the largest.
+
+    Args:
+        matrix: M.
+        b: right-hand sides in columns.
+        dtype: the type of what M was computed from, by default its own.
+
+    Returns:
+        The solution in float64, and the rank that was used. O(n^3 + n^2 k).
+    """
+    wide = matrix.double()
+    factor, failed = torch.linalg.cholesky_ex(wide)
+    if not int(failed) and len(wide):
+        pivots = factor.diagonal().square()
+        if bool(pivots.min() > rank_tolerance(dtype or matrix.dtype, len(wide)) * wide.diagonal().max()):
+            return torch.cholesky_solve(b.double(), factor), len(wide)
+    values, vectors, kept = eigenbasis(matrix, dtype)
+    values, vectors = values[kept], vectors[:, kept]
+    return vectors @ ((vectors.mT @ b.double()) / values[:, None]), len(values)
