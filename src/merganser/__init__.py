@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merganser.errors import MerganserError
     from merganser.methods import Method, create_method
     from merganser.recipe import Recipe, load_recipe, simple_recipe
+    from merganser.statistics import Statistics, collect
 
 _HOMES = {
     "blocks": ("BlockSpec", "Role"),
@@ -27,6 +28,7 @@ _HOMES = {
     "errors": ("MerganserError",),
     "methods": ("Method", "create_method"),
     "recipe": ("Recipe", "load_recipe", "simple_recipe"),
+    "statistics": ("Statistics", "collect"),
 }
 
 __all__ = [
@@ -37,7 +39,9 @@ __all__ = [
     "Plan",
     "Recipe",
     "Role",
+    "Statistics",
     "__version__",
+    "collect",
     "create_method",
     "execute",
     "load_recipe",

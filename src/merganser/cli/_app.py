@@ -6,7 +6,9 @@ stdout is the result, everything else goes to stderr. Exit codes: 0 ok, 1 bug, 2
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 import typer
 
 from merganser._version import __version__
-from merganser.errors import MerganserError
+from merganser.errors import MerganserError, UsageError
 
 __all__ = ["app", "emit", "main"]
 
@@ -52,8 +54,16 @@ def _root(
 
 
 def emit(data: Any) -> None:
-    """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=True) + "\n")
+    """Print one JSON document on stdout; numbers that JSON does not know become null."""
+    sys.stdout.write(json.dumps(_finite(data), indent=2, ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 class _TerminatedError(BaseException):
@@ -66,11 +76,14 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script passes it to the system."""
-    from merganser.cli import diff, explain, inspect, merge, methods  # noqa: F401
+    from merganser.cli import collect, diff, explain, inspect, merge, methods, stats  # noqa: F401
 
     words = sys.argv[1:] if arguments is None else arguments
     wants_json = "--json" in words
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=words, prog_name="merganser", standalone_mode=False)
         sys.stdout.flush()
@@ -82,11 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
         code = 143 if isinstance(stop, _TerminatedError) else 130
         print("stopped; nothing was left behind", file=sys.stderr)
         return code
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the parser turns a closed stdout into the second
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches the terminal
-        return _foreign(error)
+        return _foreign(error, wants_json)
 
 
 def _report(error: MerganserError, wants_json: bool) -> None:
@@ -95,9 +108,11 @@ def _report(error: MerganserError, wants_json: bool) -> None:
     print(f"error{error}", file=sys.stderr)
 
 
-def _foreign(error: Exception) -> int:
+def _foreign(error: Exception, wants_json: bool) -> int:
     """Usage errors of the parser, and bugs."""
     if isinstance(error, _PARSER_ERROR):
+        if wants_json:
+            emit({"error": UsageError("E0201", error.format_message()).as_dict()})
         error.show()
         return int(error.exit_code)
     if isinstance(error, typer.Abort):

@@ -1,0 +1,196 @@
+"""Model folders: which task they are for, and loading them with transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merganser._torch import torch
+from merganser.checkpoint import open_checkpoint, read_json
+from merganser.errors import EnvironmentFault, InputError, Place, SecurityError
+from merganser.statistics._records import Labels
+
+__all__ = ["ModelFolder", "load_model", "open_model", "skeleton", "transformers"]
+
+# the suffix of an architecture, the class that loads it, and its task; None: no loss that is known here
+_FORMS: tuple[tuple[str, str, str | None], ...] = (
+    ("ForSequenceClassification", "AutoModelForSequenceClassification", "classification"),
+    ("ForCausalLM", "AutoModelForCausalLM", "causal_lm"),
+    ("LMHeadModel", "AutoModelForCausalLM", "causal_lm"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "seq2seq"),
+    ("Seq2SeqLM", "AutoModelForSeq2SeqLM", "seq2seq"),
+    ("ForMaskedLM", "AutoModelForMaskedLM", None),
+    ("Model", "AutoModel", None),
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a configuration, weights and perhaps a tokenizer.
+
+    Attributes:
+        path: the folder.
+        config: the parsed ``config.json``.
+        loader: the class of transformers that loads it.
+        task: classification, causal_lm, seq2seq, or None if there is no loss.
+        labels: of a classifier.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    loader: str
+    task: str | None
+    labels: Labels | None
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence, as far as the configuration tells."""
+        found = [self.config.get(key) for key in ("max_position_embeddings", "n_positions")]
+        return min([n for n in found if type(n) is int and n > 0], default=2**31)
+
+
+def open_model(path: str) -> ModelFolder:
+    """Read headers and configuration of a model; no weight is loaded.
+
+    Raises:
+        InputError: it does not exist, is damaged (see `open_checkpoint`), or is of a form that needs the Python API.
+        SecurityError: it needs code from its folder.
+    """
+    checkpoint = open_checkpoint(path)
+    folder, config = checkpoint.folder, checkpoint.config
+    if folder is None or config is None:
+        raise InputError(
+            "E0409",
+            "statistics need the whole model: a folder with config.json, weights and tokenizer",
+            places=Place(file=path),
+            fix="name the model's folder, or pass a module to merganser.collect",
+        )
+    place = Place(file=str(folder / "config.json"), key="architectures")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError("E0409", "config.json names no architecture", places=place)
+    if config.get("auto_map"):
+        raise SecurityError(
+            "E0503",
+            "the model needs code from its folder, which is never run",
+            places=Place(file=str(folder / "config.json"), key="auto_map"),
+            fix="load it yourself where you trust its author, and pass the module to merganser.collect",
+        )
+    form = next(((loader, task) for suffix, loader, task in _FORMS if names[0].endswith(suffix)), None)
+    if form is None:
+        raise InputError(
+            "E0419",
+            f"models of the architecture {names[0]} are not loaded by name",
+            places=place,
+            fix="load it yourself and pass the module to merganser.collect",
+        )
+    loader, task = form
+    return ModelFolder(folder, config, loader, task, _labels(config) if task == "classification" else None)
+
+
+def _labels(config: Mapping[str, Any]) -> Labels:
+    names = config.get("label2id") or {}
+    names = {k: v for k, v in names.items() if type(v) is int} if isinstance(names, dict) else {}
+    listed = config.get("id2label")
+    count = config.get("num_labels")
+    if type(count) is not int:
+        count = len(listed) if isinstance(listed, dict) and listed else len(names) or 2
+    return Labels(count, names)
+
+
+def transformers() -> Any:
+    """The package, imported when a model folder is loaded.
+
+    Raises:
+        EnvironmentFault: E0704, it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise EnvironmentFault(
+            "E0704",
+            "loading a model folder needs the package transformers",
+            why=str(error),
+            fix="pip install 'merganser[hf]', or pass a module to merganser.collect",
+        ) from None
+
+
+@contextlib.contextmanager
+def _silent(package: Any) -> Iterator[None]:
+    """Without the package's own notes on missing weights; they are checked here."""
+    log = package.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, frozenset[str]]:
+    """The model, and the weights that its files do not hold (which are random, and must not be measured)."""
+    package = transformers()
+    with _silent(package):
+        model, info = getattr(package, folder.loader).from_pretrained(
+            str(folder.path),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    missing = frozenset(str(name) for name in info["missing_keys"])
+    return model.to(device=device, dtype=dtype), missing
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        InputError: E0401, there is none that can be read.
+    """
+    package = transformers()
+    try:
+        if not _has_vocabulary(folder.path):
+            raise ValueError("no vocabulary")
+        with _silent(package):
+            return package.AutoTokenizer.from_pretrained(
+                str(folder.path), local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            "E0401",
+            "the model's folder holds no tokenizer that can be read",
+            places=Place(file=str(folder.path)),
+            why=str(error).strip().split("\n")[0],
+            fix="add the tokenizer's files, or give `input_ids` instead of `text`",
+        ) from None
+
+
+_VOCABULARY = ("tokenizer.json", "tekken.json", "bpe.codes")
+_BYTES = ("ByT5", "Canine", "Perceiver")
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether there are words to look up; without them transformers would build an empty tokenizer."""
+    names = os.listdir(folder)
+    if any(n in _VOCABULARY or n.startswith(("vocab.", "merges.")) or n.endswith((".model", ".spm")) for n in names):
+        return True
+    config = read_json(folder / "tokenizer_config.json", "E0414") if "tokenizer_config.json" in names else {}
+    return isinstance(config, dict) and str(config.get("tokenizer_class", "")).startswith(_BYTES)
+
+
+def skeleton(folder: ModelFolder) -> torch.nn.Module:
+    """The model without weights, to know the order of its parameters."""
+    package = transformers()
+    with _silent(package), torch.device("meta"):
+        config = package.AutoConfig.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
+        model: torch.nn.Module = getattr(package, folder.loader).from_config(config)
+    return model
