@@ -11,6 +11,7 @@ from rich.console import Console
 from examples.demo import table
 from examples.demo.comparison import Comparison
 from examples.demo.experts import prepare_base, prepare_experts
+from examples.demo.measuring import measure
 from examples.demo.merges import MERGES, idle_mb
 from examples.demo.sources import build_tasks
 from examples.demo.store import write_json, write_text
@@ -31,8 +32,9 @@ def main() -> None:
     base = prepare_base(CACHE)
     with worker_pool() as pool:
         experts = prepare_experts(tasks, base, CACHE, pool, say)
+        statistics = measure(tasks, experts, CACHE, pool, say)
         say("evaluating the base and the experts")
-        comparison = Comparison(tasks, experts, base, CACHE, pool, say)
+        comparison = Comparison(tasks, experts, statistics, base, CACHE, pool, say)
         rows = [*comparison.references(), *comparison.merged(MERGES)]
     rows.sort(key=lambda row: row.kind == "pair")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ class Comparison:
     Attributes:
         tasks: The tasks, in the order of the table's columns.
         experts: The expert of each task.
+        statistics: The statistics file of each task's expert.
         base: The base encoder's folder.
         cache: The demo's cache folder.
         pool: The processes that evaluate.
@@ -40,6 +41,7 @@ class Comparison:
 
     tasks: Sequence[Task]
     experts: Sequence[Expert]
+    statistics: Mapping[str, Path]
     base: Path
     cache: Path
     pool: Executor
@@ -80,7 +82,8 @@ class Comparison:
         return Row(merge.label, merge.kind, record["outcomes"], cost, record["weights"])
 
     def _make(self, merge: Merge, model: Model) -> Cost:
-        cost = merges.run(merge, [expert.encoder for expert in model.experts], self.base, model.folder)
+        files = [self.statistics[expert.task] for expert in model.experts]
+        cost = merges.run(merge, [expert.encoder for expert in model.experts], files, self.base, model.folder)
         self.say(f"{merge.label}: merged {len(model.experts)} experts in {cost.seconds:.1f} s")
         return cost
 

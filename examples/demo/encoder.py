@@ -48,6 +48,11 @@ def pooled(encoder: Any, ids: Sequence[Sequence[int]]) -> Tensor:
     rows = [torch.tensor(row) for row in ids]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return pooled_outputs(encoder, tokens, mask)
+
+
+def pooled_outputs(encoder: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the encoder's outputs over the tokens of padded texts: (texts, width)."""
     states: Tensor = encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
     weight = mask.unsqueeze(-1).to(states.dtype)
     return (states * weight).sum(dim=1) / weight.sum(dim=1)

@@ -19,13 +19,17 @@ PAIR = ("library", "diagnosis")
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A row of the table: a method of the library, its options, and the experts to merge (all of them by default)."""
+    """A row of the table: a method of the library, its options, and the experts to merge (all of them by default).
+
+    With `measured`, the method is given the experts' statistics.
+    """
 
     label: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] | None = None
     base: bool = True
+    measured: bool = False
     command_line: bool = False
 
     @property
@@ -42,6 +46,12 @@ MERGES: tuple[Merge, ...] = (
     Merge("TIES 0.2", "ties", {"density": 0.2, "scale": 1.0}),
     Merge("DARE 0.9, then 0.3", "dare", {"drop_rate": 0.9, "then": "task_arithmetic", "scale": 0.3}),
     Merge("DARE 0.5, then 0.3", "dare", {"drop_rate": 0.5, "then": "task_arithmetic", "scale": 0.3}),
+    Merge("ACTMat", "actmat"),
+    Merge("TACT 0.5", "tact"),
+    Merge("Fisher", "fisher", measured=True, base=False),
+    Merge("RegMean 0.9", "regmean", measured=True, base=False),
+    Merge("MaTS, inputs alone", "mats", {"objective": "gram"}, measured=True),
+    Merge("MaTS", "mats", measured=True),
     Merge("average of two", "average", experts=PAIR, base=False),
     Merge("slerp of two", "slerp", {"t": 0.5}, experts=PAIR, base=False),
 )
@@ -56,12 +66,13 @@ class Cost:
     peak_mb: float
 
 
-def run(merge: Merge, models: Sequence[Path], base: Path, out: Path) -> Cost:
+def run(merge: Merge, models: Sequence[Path], statistics: Sequence[Path], base: Path, out: Path) -> Cost:
     """Merges model folders into `out`, in a process of its own.
 
     Args:
         merge: What to do.
         models: The Hugging Face folders of the models to merge.
+        statistics: The statistics file of each.
         base: The folder of the model they were fine-tuned from.
         out: The folder to write.
 
@@ -71,7 +82,8 @@ def run(merge: Merge, models: Sequence[Path], base: Path, out: Path) -> Cost:
     if merge.command_line:
         return _run_command(merge, models, base, out)
     call = {"models": [str(model) for model in models], "base": str(base) if merge.base else None, "out": str(out)}
-    return _measure(call | {"method": merge.method} | dict(merge.options))
+    measured = {"statistics": [str(file) for file in statistics]} if merge.measured else {}
+    return _measure(call | measured | {"method": merge.method} | dict(merge.options))
 
 
 def idle_mb() -> float:

@@ -37,7 +37,11 @@ __all__ = [
     "magnitude_keys",
     "nonzero",
     "top_key",
+    "trim_below_",
 ]
+
+_EXPONENTS = {"bfloat16": np.int16(0x7F80), "float16": np.int16(0x7C00)}
+"""The exponent bits of 16-bit types; all are set in NaN and infinite values."""
 
 CHUNK = 1 << 14
 """Elements over which floating-point reductions run; blocks begin at multiples of it."""
@@ -56,6 +60,13 @@ def at_least(x: torch.Tensor, threshold: float) -> torch.Tensor:
     if x.device.type == "cpu":
         return torch.from_numpy(np.greater_equal(x.numpy(), threshold).view(np.uint8))
     return (x >= threshold).to(torch.uint8)
+
+
+def trim_below_(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Set the elements with ``|x| < threshold`` to zero, in place; `threshold` is positive, of the type of `x`."""
+    wall = torch.tensor(threshold, dtype=x.dtype)
+    below = torch.nextafter(wall, torch.zeros_like(wall)).item()
+    return torch.hardshrink(x, below, out=x)
 
 
 def nonzero(x: torch.Tensor) -> torch.Tensor:
@@ -108,15 +119,25 @@ def _by_chunk(a: torch.Tensor, fn: Callable[[torch.Tensor, int, int], torch.Tens
 
 def exact_sum(parts: Sequence[Partials]) -> float:
     """The correctly rounded sum of all partial sums, whatever their order (Shewchuk 1997, `math.fsum`)."""
-    return math.fsum(value for part in parts for value in part.tolist())
+    try:
+        return math.fsum(value for part in parts for value in part.tolist())
+    except (OverflowError, ValueError):  # infinite values of both signs, or a sum beyond float64
+        return math.nan
 
 
 def count_nonfinite(x: torch.Tensor) -> int:
     """The number of NaN and infinite elements.
 
-    One sum decides the usual case: it is finite only if every element is (the converse fails when it overflows).
+    The usual case is decided quickly: of 16-bit types by the largest exponent, of others by one sum, which is finite
+    only if every element is (the converse fails when it overflows).
     """
-    if not x.numel() or math.isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
+    if not x.numel():
+        return 0
+    exponent = _EXPONENTS.get(str(x.dtype).removeprefix("torch."))
+    if exponent is not None and x.device.type == "cpu":
+        if int(np.bitwise_and(x.view(torch.int16).numpy(), exponent).max()) < exponent:
+            return 0
+    elif math.isfinite(float(x.sum())):
         return 0
     return int(x.numel() - torch.isfinite(x).sum())
 

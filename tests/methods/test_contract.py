@@ -14,6 +14,7 @@ from merganser.engine import LocalThreads, execute, make_plan
 from merganser.engine._merge import _MemorySink
 from merganser.methods import all_methods
 from merganser.recipe import simple_recipe
+from merganser.statistics import TABLES, Statistics
 
 State = dict[str, torch.Tensor]
 
@@ -28,6 +29,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dare", {"drop_rate": 0.5}),
     ("dare", {"drop_rate": 0.3, "rescale": "l1", "then": "ties"}),
     ("dare", {"drop_rate": [0.2, 0.7], "rescale": "none", "then": "average"}),
+    ("regmean", {}),
+    ("mats", {}),
+    ("mats", {"objective": "gram", "solver": "exact"}),
+    ("mats", {"objective": "diagonal", "damp": "output"}),
+    ("mats", {"recipe": "paper", "off_diagonal": 0.9}),
+    ("actmat", {}),
+    ("tact", {"keep": 0.3}),
+    ("fisher", {}),
+    ("fisher", {"normalize": False, "floor_on": "target", "floor": 1e-3}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
 
@@ -50,19 +60,45 @@ def make_state(seed: int, dtype: torch.dtype = torch.float32) -> State:
     }
 
 
+BASE = make_state(0)
+
+
+def evidence(state: State, seed: int) -> Statistics:
+    """Statistics of every kind for a model's matrices, and a Fisher for everything."""
+    g = torch.Generator().manual_seed(seed)
+    fisher = {k: torch.randn(v.shape, generator=g).square() for k, v in state.items()}
+    matrices = {k: v for k, v in state.items() if v.dim() == 2 and v.numel()}
+    grams, outputs = {}, {}
+    for name, value in matrices.items():
+        rows = torch.randn(400, value.shape[1], generator=g)
+        columns = torch.randn(400, value.shape[0], generator=g)
+        grams[name], outputs[name] = rows.T @ rows / 400, columns.T @ columns / 400
+    return Statistics(gram=grams, output_gram=outputs, fisher=fisher)
+
+
+def statistics_for(method: str, models: int) -> list[Statistics] | None:
+    """What a method needs, if it needs statistics."""
+    needed = all_methods()[method].needs & set(TABLES)
+    return [evidence(BASE, seed) for seed in range(models)] if needed else None
+
+
+def run(models: list[State], method: str, base: State = BASE, **options: Any) -> State:
+    """The merge, with the statistics that the method needs."""
+    return mg.merge(models, base=base, method=method, statistics=statistics_for(method, len(models)), **options)
+
+
 def tuned(base: State, seed: int, scale: float = 0.1, frozen: str = "") -> State:
     noise = make_state(seed)
     return {k: v.clone() if k == frozen else (v.float() + scale * noise[k]).to(v.dtype) for k, v in base.items()}
 
 
-BASE = make_state(0)
 A, B = tuned(BASE, 1), tuned(BASE, 2)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
 def test_inputs_are_not_modified_and_shapes_stay(method: str, options: dict[str, Any]) -> None:
     before = [{k: v.clone() for k, v in state.items()} for state in (BASE, A, B)]
-    merged = mg.merge([A, B], base=BASE, method=method, **options)
+    merged = run([A, B], method, **options)
     for old, new in zip(before, (BASE, A, B), strict=True):
         assert all(torch.equal(old[k], new[k]) for k in old)
     assert list(merged) == list(BASE)
@@ -76,8 +112,8 @@ def test_identical_models(method: str, options: dict[str, Any], dtype: torch.dty
     """Copies of the base return the base; copies of one model return it wherever the method is an average."""
     base = {k: v.to(dtype) for k, v in BASE.items()}
     copies = [{k: v.clone() for k, v in base.items()} for _ in range(2)]
-    merged = mg.merge(copies, base=base, method=method, **options)
-    unnormalised = options.get("normalize") is False
+    merged = run(copies, method, base, **options)
+    unnormalised = method == "average" and options.get("normalize") is False
     for name, value in base.items():
         expected = (value.double() * 0.75).to(dtype) if unnormalised else value
         assert torch.allclose(merged[name], expected, rtol=1e-6, atol=0)
@@ -94,7 +130,7 @@ def test_copies_average_to_themselves(method: str, n: int) -> None:
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
 def test_one_model_equal_to_the_base(method: str, options: dict[str, Any]) -> None:
     copy = {k: v.clone() for k, v in BASE.items()}
-    merged = mg.merge([copy, B], base=BASE, method=method, **options)
+    merged = run([copy, B], method, **options)
     assert all(torch.isfinite(v).all() for v in merged.values())
 
 
@@ -102,17 +138,21 @@ def test_one_model_equal_to_the_base(method: str, options: dict[str, Any]) -> No
 def test_frozen_tensors_stay(method: str, options: dict[str, Any]) -> None:
     frozen = "model.layers.0.mlp.up_proj.weight"
     models = [tuned(BASE, seed, frozen=frozen) for seed in (3, 4)]
-    merged = mg.merge(models, base=BASE, method=method, **options)
-    factor = 0.75 if options.get("normalize") is False else 1.0
+    merged = run(models, method, **options)
+    factor = 0.75 if method == "average" and options.get("normalize") is False else 1.0
     assert torch.allclose(merged[frozen], BASE[frozen] * factor, rtol=1e-6, atol=1e-7)
+
+
+def known_by_position(method: str, options: dict[str, Any]) -> bool:
+    return any(isinstance(v, list) for v in options.values()) or statistics_for(method, 1) is not None
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
 def test_permutation_of_models(method: str, options: dict[str, Any]) -> None:
-    if method in ("dare", "slerp") or any(isinstance(v, list) for v in options.values()):
-        pytest.skip("masks, poles or per-model options belong to positions")
-    one = mg.merge([A, B], base=BASE, method=method, **options)
-    two = mg.merge([B, A], base=BASE, method=method, **options)
+    if method in ("dare", "slerp") or known_by_position(method, options):
+        pytest.skip("masks, poles, statistics or per-model options belong to positions")
+    one = run([A, B], method, **options)
+    two = run([B, A], method, **options)
     assert all(torch.allclose(one[k], two[k], rtol=1e-5, atol=1e-6) for k in one)
 
 
@@ -125,7 +165,8 @@ def test_same_bits_for_any_blocks_threads_and_source(
     states = [{k: v.to(dtype) for k, v in state.items()} for state in (BASE, A, B)]
     weights = options.get("weights")
     rest = {k: v for k, v in options.items() if k != "weights"}
-    recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, options=rest)
+    known = statistics_for(method, 2)
+    recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, statistics=known, options=rest)
     results = []
     for elements, threads in ((1 << 14, 1), (1 << 14, 3), (1 << 20, 2)):
         plan = make_plan(recipe, threads=threads)
@@ -137,7 +178,8 @@ def test_same_bits_for_any_blocks_threads_and_source(
     for index, state in enumerate(states):
         files.append(tmp_path / f"{index}.safetensors")
         save_file(dict(reversed(state.items())), files[-1])
-    out = mg.merge(files[1:], base=files[0], method=method, out=tmp_path / "out.safetensors", **options)
+    target = tmp_path / "out.safetensors"
+    out = mg.merge(files[1:], base=files[0], method=method, statistics=known, out=target, **options)
     results.append(load_file(out))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
@@ -148,8 +190,8 @@ def test_bf16_inputs_are_subtracted_in_float32(method: str, options: dict[str, A
     """The result is the rounding of the float32 result on the same values."""
     half = [{k: v.bfloat16() for k, v in s.items()} for s in (BASE, A, B)]
     wide = [{k: v.float() for k, v in s.items()} for s in half]
-    narrow = mg.merge(half[1:], base=half[0], method=method, **options)
-    exact = mg.merge(wide[1:], base=wide[0], method=method, **options)
+    narrow = run(half[1:], method, half[0], **options)
+    exact = run(wide[1:], method, wide[0], **options)
     assert all(torch.equal(narrow[k], exact[k].bfloat16()) for k in narrow)
 
 

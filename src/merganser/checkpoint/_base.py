@@ -51,6 +51,12 @@ class Checkpoint(ABC):
         """Names that are another tensor under a second name, each with the name that counts."""
         return {}
 
+    def check_unchanged(self) -> None:  # noqa: B027 - not every checkpoint can change
+        """Check that what was read is still there; raises an InputError if not."""
+
+    def close(self) -> None:  # noqa: B027 - not every checkpoint holds files
+        """Give back what is open; a later read opens it again."""
+
     def read(self, name: str, rows: slice | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Read a tensor, or some of its rows (the first dimension), in its stored type.
 

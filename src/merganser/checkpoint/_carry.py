@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,39 +81,86 @@ def _belongs(path: Path, root: Path) -> bool:
     return real.is_relative_to(root) or in_cache
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What was changed in a configuration on the way.
+
+    Attributes:
+        removed: keys that run code, fetch something, or name a local path.
+        suspects: keys that may depend on the number of layers and were left as they are.
+    """
+
+    removed: list[str]
+    suspects: list[str]
+
+
 def output_config(
-    config: Mapping[str, Any], dtype: str, *, layers: int | None = None
-) -> tuple[dict[str, Any], list[str]]:
+    config: Mapping[str, Any],
+    dtype: str,
+    *,
+    layers: tuple[int, int] | None = None,
+    labels: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Edit]:
     """The merged model's ``config.json``, edited as a dictionary: unknown keys and their order are kept.
 
     Args:
         config: the donor's configuration.
         dtype: name of the output type; it replaces every ``torch_dtype`` (transformers 4) and ``dtype``
             (transformers 5), nested ones included.
-        layers: the number of layers, where slices changed it.
+        layers: the numbers of layers of the donor and of the output, where slices changed it.
+        labels: the configuration whose labels are taken over, where the head is another model's.
 
     Returns:
-        The new configuration, and the keys that were removed because they run code, fetch something, or name a
-        local path.
+        The new configuration, and what was changed.
     """
     result = copy.deepcopy(dict(config))
-    removed: list[str] = []
-    _edit(result, dtype, "", removed)
-    if layers is not None:
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            if key in result:
-                result[key] = layers
-    return result, removed
+    edit = Edit([], [])
+    _strip(result, dtype, "", edit.removed)
+    if layers is not None and layers[0] != layers[1]:
+        known = [key for key in _LAYER_KEYS if key in result]
+        for key in known:
+            result[key] = layers[1]
+        edit.suspects.extend(_suspects(result, layers[0], "", set(known)))
+        if not known:
+            edit.suspects.append("the number of layers")
+    for key in _LABEL_KEYS:
+        if labels is not None and key in labels:
+            result[key] = labels[key]
+    return result, edit
 
 
-def _edit(node: dict[str, Any], dtype: str, prefix: str, removed: list[str]) -> None:
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
+
+
+def _suspects(node: Mapping[str, Any], layers: int, prefix: str, known: set[str]) -> Iterator[str]:
+    """Keys whose value is the old number of layers, or a list with one entry per layer."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _suspects(value, layers, f"{prefix}{key}.", set())
+        elif key in known:
+            continue
+        elif (isinstance(value, list) and len(value) == layers > 1) or (value == layers and "layer" in key):
+            yield prefix + key
+
+
+def _strip(node: dict[str, Any], dtype: str, prefix: str, removed: list[str]) -> None:
     for key in list(node):
         value = node[key]
-        remote_kernel = key == "_attn_implementation" and isinstance(value, str) and "/" in value
-        if key in _EXECUTABLE_KEYS or key in _PRIVATE_KEYS or remote_kernel:
+        if key in _EXECUTABLE_KEYS or key in _PRIVATE_KEYS or (key == "_attn_implementation" and _is_remote(value)):
             del node[key]
             removed.append(prefix + key)
         elif key in ("dtype", "torch_dtype") and isinstance(value, str):
             node[key] = dtype
-        elif isinstance(value, dict):
-            _edit(value, dtype, f"{prefix}{key}.", removed)
+        else:
+            for index, child in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(child, dict):
+                    place = f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
+                    _strip(child, dtype, place, removed)
+
+
+def _is_remote(value: Any) -> bool:
+    """Whether an attention implementation, or one of several, is a kernel to be fetched."""
+    return any(
+        "/" in text for text in (value.values() if isinstance(value, dict) else [value]) if isinstance(text, str)
+    )

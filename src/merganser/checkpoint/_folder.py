@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ from merganser.errors import EnvironmentFault, InputError, Place, SecurityError,
 __all__ = ["FileCheckpoint", "open_folder"]
 
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _QUANTISED_SUFFIXES = ("qweight", "qzeros", "weight_scale_inv", "SCB", "_blocks", "_scales")
 
 
@@ -52,6 +54,7 @@ class FileCheckpoint(Checkpoint):
         self._files = files
         self._entries = {name: headers[file][name] for name, file in files.items()}
         self._pool = pool or FilePool()
+        self._stamps = {path: _stamp(path) for path in headers}
         self._specs: dict[str, BlockSpec] = {}
         for name, entry in self._entries.items():
             dtype = entry.dtype
@@ -82,9 +85,37 @@ class FileCheckpoint(Checkpoint):
         with self._pool.borrow(file) as fd:
             read_into(fd, view, entry.start + start * out.element_size(), str(file))
 
+    def check_unchanged(self) -> None:
+        """Check that no file was rewritten or replaced since its header was read.
+
+        Raises:
+            InputError: E0412.
+        """
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise InputError(
+                    "E0412",
+                    "the file changed while it was read",
+                    places=Place(file=str(path)),
+                    fix="run the merge again",
+                )
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        self._pool.close()
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the model's tensors, each once, in order of their names."""
         return tuple(sorted(set(self._files.values())))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is rewritten or replaced."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
 
 def _read_entries(path: Path) -> Mapping[str, Entry]:
@@ -147,6 +178,13 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
             places=place,
             fix="merge the adapter into its base first (peft: `merge_and_unload`), then merge the models",
         )
+    if len(others) == 1 and _SHARD.search(others[0]):
+        raise InputError(
+            "E0404",
+            "the folder has one shard of a model, and no index",
+            places=Place(file=str(folder / others[0])),
+            fix="download the whole model",
+        )
     if len(others) == 1:
         return folder / others[0], None
     if others:
@@ -174,8 +212,9 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
 
 def _read_config(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    _inside(path, folder, path.name)
     config = read_json(path, "E0409", limit=10_000_000)
     if not isinstance(config, dict):
         raise InputError("E0409", "config.json is not a JSON object", places=Place(file=str(path)))
@@ -217,6 +256,7 @@ def _read_index(
     folder: Path, index: Path, warnings: list[str]
 ) -> tuple[dict[str, Path], dict[Path, Mapping[str, Entry]]]:
     place = Place(file=str(index))
+    _inside(index, folder, index.name)
     table = read_json(index, "E0404")
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

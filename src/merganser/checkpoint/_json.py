@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoint._files import open_regular
 from merganser.errors import InputError, MerganserError, Place
 
 __all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
@@ -62,9 +64,8 @@ def read_json(path: Path, code: str, *, limit: int = MAX_JSON_BYTES) -> Any:
     Raises:
         InputError: as `parse_json`, or the file is too large to be what it claims.
     """
-    size = path.stat().st_size
-    if size > limit:
-        raise InputError(
-            code, f"the JSON file has {size:,} bytes; at most {limit:,} are read", places=Place(file=str(path))
-        )
-    return parse_json(path.read_bytes(), str(path), code)
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(code, f"the JSON file has more than {limit:,} bytes", places=Place(file=str(path)))
+    return parse_json(data, str(path), code)

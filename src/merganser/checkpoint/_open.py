@@ -128,7 +128,10 @@ def _cached_snapshot(name: str) -> Path | None:
     """The folder of a model in the Hugging Face cache: ``models--ORG--NAME/snapshots/COMMIT``."""
     repo, _, revision = name.partition("@")
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    try:
+        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    except RuntimeError:
+        return None
     root = cache / ("models--" + repo.replace("/", "--"))
     revision = revision or "main"
     if ".." in Path(revision).parts:

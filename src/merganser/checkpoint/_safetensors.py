@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 
 DTYPE_NAMES: Mapping[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
@@ -51,6 +52,12 @@ DTYPE_NAMES: Mapping[str, tuple[str, int]] = {
     "F64": ("float64", 8),
     "C64": ("complex64", 8),
 }
+
+_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+"""Types in the order in which the reference writer stores them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,8 @@ def read_header(fd: int, file: str) -> Header:
     """
     size = os.fstat(fd).st_size
     prefix = os.pread(fd, 64, 0)
-    _sniff(prefix, file)
+    if prefix[8:9] != b"{":
+        _sniff(prefix, file)
     if size < 8:
         raise _damaged(file, f"the file has {size} bytes; a safetensors file has at least 8")
     (length,) = struct.unpack("<Q", prefix[:8])
@@ -131,6 +139,10 @@ def _entry(name: str, value: Any, base: int, file: str) -> Entry:
     def bad(message: str) -> InputError:
         return _damaged(file, message, tensor=name)
 
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise bad("the tensor's name is not valid Unicode") from None
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad("the header entry does not have exactly `dtype`, `shape` and `data_offsets`")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -140,11 +152,14 @@ def _entry(name: str, value: Any, base: int, file: str) -> Entry:
         raise bad("the shape is not a list of non-negative integers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise bad("`data_offsets` is not a pair of non-negative integers")
-    nbytes = DTYPE_NAMES[code][1]
+    if len(shape) > MAX_DIMENSIONS:
+        raise bad(f"the shape has {len(shape):,} dimensions; at most {MAX_DIMENSIONS} are read")
+    extent = DTYPE_NAMES[code][1]
     for n in shape:
-        nbytes *= n
-        if nbytes >= 2**63 and 0 not in shape:
+        extent *= max(n, 1)
+        if extent >= 2**63:
             raise bad("the shape overflows 64 bits")
+    nbytes = 0 if 0 in shape else extent
     if offsets[1] - offsets[0] != nbytes:
         raise bad(f"shape and type need {nbytes:,} bytes, the offsets span {offsets[1] - offsets[0]:,}")
     return Entry(code, tuple(shape), base + offsets[0], base + offsets[1])
@@ -187,7 +202,7 @@ def _sniff(prefix: bytes, file: str) -> None:
     for magic, kind, fix in _MAGIC:
         if text.startswith(magic):
             raise InputError("E0403", f"the file is {kind}", places=Place(file=file), fix=fix)
-    old_pickle = prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and prefix[8:9] != b"{"
+    old_pickle = prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     if old_pickle or prefix.startswith(b"PK\x03\x04"):
         raise pickle_refused(file)
 
@@ -208,7 +223,7 @@ def build_header(specs: Iterable[BlockSpec]) -> tuple[bytes, dict[str, int]]:
     Order and padding are those of the reference writer (wide types first, then by name; the header padded with blanks
     to 8 bytes), so that equal tensors give equal files. The metadata is ``format: pt``.
     """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name.encode()))
+    ordered = sorted(specs, key=lambda spec: (_ORDER.index(dtype_code(spec.dtype)), spec.name.encode()))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     position = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,24 @@ class ShardWriter:
     """One output file. Pieces may come in any order and from several threads.
 
     The file has its final size from the start; its mode follows the umask.
+
+    Args:
+        folder: where it is written.
+        shard: what it will hold.
+        keep_open: whether it stays open; otherwise every piece opens it, which costs little.
     """
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+    def __init__(self, folder: Path, shard: Shard, *, keep_open: bool = True) -> None:
         self.path = folder / shard.file
         self._shard = shard
         self._lock = threading.Lock()
-        try:
+        self._keep_open = keep_open
+        self._fd = -1
+        with self._errors():
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, shard.nbytes)
             self._write(memoryview(shard.head), 0)
-        except OSError as error:
-            raise write_error(error, self.path) from None
+            self._release()
 
     def write(self, name: str, start: int, piece: torch.Tensor) -> None:
         """Write consecutive elements of a tensor, from element `start` on.
@@ -107,26 +114,43 @@ class ShardWriter:
         if not piece.numel():
             return
         offset = self._shard.offsets[name] + start * piece.element_size()
-        try:
-            with self._lock:  # threads that wait here sleep; in the kernel they would spin on the file's lock
-                self._write(piece.view(torch.uint8).numpy().data, offset)
-        except OSError as error:
-            raise write_error(error, self.path) from None
+        with self._lock, self._errors():  # threads that wait here sleep; in the kernel they would spin
+            self._acquire()
+            self._write(piece.view(torch.uint8).numpy().data, offset)
+            self._release()
 
     def _write(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
 
-    def close(self, *, sync: bool) -> None:
-        """Close the file, after its bytes have reached the disk if `sync`."""
+    def _acquire(self) -> None:
         if self._fd < 0:
-            return
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+
+    def _release(self) -> None:
+        if not self._keep_open and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            if sync:
-                os.fsync(self._fd)
+            yield
         except OSError as error:
             raise write_error(error, self.path) from None
-        finally:
+
+    def sync(self) -> None:
+        """Wait until the bytes have reached the disk, and close the file."""
+        with self._lock, self._errors():
+            self._acquire()
+            try:
+                os.fsync(self._fd)
+            finally:
+                self.discard()
+
+    def discard(self) -> None:
+        """Close the file as it is."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -19,6 +19,12 @@ MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Merge me
 Base = Annotated[str | None, typer.Option("--base", "-b", help="The model that the others were fine-tuned from.")]
 Weights = Annotated[str | None, typer.Option("--weights", "-w", help="One number per model, e.g. 0.7,0.3.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="OPTION=VALUE", help="Option of the method.")]
+Evidence = Annotated[
+    list[str] | None, typer.Option("--statistics", help="Statistics file of a model; once per model, in their order.")
+]
+Init = Annotated[
+    str | None, typer.Option("--init", help="Where iterative methods start: a method or a model. [default: its own]")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Type of the result: bf16, f16, f32 or f64.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of random masks. [default: 0]")]
 Exclude = Annotated[
@@ -84,6 +90,8 @@ def build_recipe(
     exclude: Sequence[str] | None,
     heads: str | None,
     files_from: str | None,
+    statistics: Sequence[str] | None,
+    init: str | None,
 ) -> Any:
     """The recipe of a command line: a file, or models and a method. Options given beside a file override its keys.
 
@@ -106,19 +114,24 @@ def build_recipe(
         extra["heads"] = heads
     if files_from is not None:
         extra["files_from"] = files_from
+    if init is not None:
+        extra["init"] = init
     if method is None:
         if len(inputs) != 1:
             raise UsageError("E0201", "give one recipe file, or --method and the models")
         if Path(inputs[0]).is_dir():
             raise UsageError("E0201", f"`{inputs[0]}` is a model folder; add --method and the other models")
-        if base is not None or weights is not None or settings:
-            raise UsageError("E0201", "--base, --weights and --set belong to --method; write them into the recipe")
+        if base is not None or weights is not None or settings or statistics:
+            raise UsageError(
+                "E0201", "--base, --weights, --set and --statistics belong to --method; write them into the recipe"
+            )
         return dataclasses.replace(load_recipe(Path(inputs[0])), **extra)
     return simple_recipe(
         list(inputs),
         base=base,
         method=method,
         weights=None if weights is None else _numbers(weights),
+        statistics=statistics or None,
         options=_options(settings or ()),
         **extra,
     )

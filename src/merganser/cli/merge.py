@@ -11,9 +11,11 @@ from merganser.cli._app import app, emit
 from merganser.cli._common import (
     Base,
     Dtype,
+    Evidence,
     Exclude,
     FilesFrom,
     Heads,
+    Init,
     Inputs,
     Json,
     Memory,
@@ -47,6 +49,8 @@ def merge(
     exclude: Exclude = None,
     heads: Heads = None,
     files_from: FilesFrom = None,
+    statistics: Evidence = None,
+    init: Init = None,
     max_memory: Memory = "1GB",
     threads: Threads = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes per weights file.")] = "5GB",
@@ -59,7 +63,9 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge models into a folder that loads."""
-    recipe = build_recipe(inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from)
+    recipe = build_recipe(
+        inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from, statistics, init
+    )
     budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     from merganser.cli._progress import Progress
     from merganser.engine import make_plan, save
@@ -87,6 +93,7 @@ def merge(
                 "seconds": outcome.seconds,
                 "bytes_written": plan.bytes_written,
                 "coverage": _coverage(plan),
+                "report": outcome.report,
                 "warnings": list(outcome.warnings),
             }
         )
@@ -106,6 +113,8 @@ def plan(
     exclude: Exclude = None,
     heads: Heads = None,
     files_from: FilesFrom = None,
+    statistics: Evidence = None,
+    init: Init = None,
     max_memory: Memory = "1GB",
     threads: Threads = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also check that this output can be written.")] = None,
@@ -114,7 +123,9 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a merge would do: rules, bytes, memory, time, warnings. No weight is read, nothing is written."""
-    recipe = build_recipe(inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from)
+    recipe = build_recipe(
+        inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from, statistics, init
+    )
     budget = parse_size(max_memory)
     from merganser.engine import check_output, make_plan
 

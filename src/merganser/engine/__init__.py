@@ -6,7 +6,8 @@ from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, merge, save, to_memory
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
-from merganser.engine._stream import Input, Stream, TensorPlan
+from merganser.engine._stream import Stream
+from merganser.engine._tensor import Input, TensorPlan
 
 __all__ = [
     "DEFAULT_MEMORY",

@@ -61,18 +61,27 @@ def lock_data(plan: Plan, warnings: list[str], seconds: float) -> dict[str, Any]
             "seed": plan.recipe.seed,
             "dtype": plan.dtype_name(),
             "exclude": list(plan.recipe.exclude),
-            "heads": plan.recipe.heads,
+            "heads": _public_heads(plan.recipe.heads),
         },
         "inputs": [_input(checkpoint) for checkpoint in plan.checkpoints],
         "coverage": {
             "merged": len(plan.tensors) - len(plan.copies()),
-            "copied": {tensor.spec.name: tensor.reason for tensor in plan.copies()},
-            "left_out": dict(plan.omitted),
+            "copied": {tensor.spec.name: _public_reason(plan, tensor.reason) for tensor in plan.copies()},
+            "left_out": {name: _public_reason(plan, reason) for name, reason in plan.omitted},
         },
         "threads": plan.threads,
         "seconds": round(seconds, 3),
         "warnings": [_without_paths(plan, text) for text in warnings],
     }
+
+
+def _public_heads(heads: str) -> str:
+    word, _, model = heads.partition(" ")
+    return f"{word} {public_name(model.strip())}" if model else heads
+
+
+def _public_reason(plan: Plan, reason: str) -> str:
+    return reason.replace(plan.recipe.heads, _public_heads(plan.recipe.heads))
 
 
 def _input(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -90,8 +99,8 @@ def _input(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _without_paths(plan: Plan, text: str) -> str:
     for checkpoint in plan.checkpoints:
-        if checkpoint.folder is not None:
-            text = text.replace(str(checkpoint.folder), checkpoint.folder.name)
+        path = str(checkpoint.folder or checkpoint.label)
+        text = text.replace(path, Path(path).name)
     return text
 
 

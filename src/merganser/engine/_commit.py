@@ -6,6 +6,8 @@ Everything is written into ``OUT.partial-<id>`` beside OUT: first the weights, t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -16,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser.checkpoint import ShardWriter, index_of, lay_out, output_config, side_files, write_error
+from merganser.checkpoint import (
+    Checkpoint,
+    FileCheckpoint,
+    ShardWriter,
+    index_of,
+    lay_out,
+    output_config,
+    side_files,
+    write_error,
+)
 from merganser.engine._card import lock_data, model_card
 from merganser.engine._plan import Plan
 from merganser.errors import EnvironmentFault, InputError, Place, ResourceError
@@ -24,6 +35,7 @@ from merganser.errors import EnvironmentFault, InputError, Place, ResourceError
 __all__ = ["FolderOutput", "check_output"]
 
 LOCK_FILE = "merge.lock.json"
+_OPEN_FILES = 8
 
 
 def check_output(out: Path, plan: Plan, *, overwrite: bool) -> None:
@@ -36,7 +48,7 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool) -> None:
     place = Place(file=str(out))
     real = out.resolve()
     for checkpoint in plan.checkpoints:
-        if checkpoint.folder is None and not Path(checkpoint.label).exists():
+        if not isinstance(checkpoint, FileCheckpoint):
             continue
         source = Path(checkpoint.folder or checkpoint.label).resolve()
         if real == source or real.is_relative_to(source) or source.is_relative_to(real):
@@ -46,19 +58,7 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool) -> None:
                 places=place,
                 fix="choose another output path",
             )
-    if os.path.lexists(out):
-        ours = out.is_dir() and not out.is_symlink() and (out / LOCK_FILE).is_file()
-        empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
-        if not empty and not (overwrite and ours):
-            raise EnvironmentFault(
-                "E0701",
-                "the output exists already",
-                places=place,
-                why="" if ours else "it was not made by merganser, so it is never replaced",
-                fix="choose another path, or pass --overwrite"
-                if ours
-                else "choose another path, or remove it yourself",
-            )
+    _check_free(out, overwrite=overwrite)
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise EnvironmentFault("E0701", "the folder of the output cannot be written", places=Place(file=str(parent)))
@@ -71,6 +71,50 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool) -> None:
             places=Place(file=str(parent)),
             fix="free some space, or write to another disk",
         )
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    """Refuse a path that is taken, unless it is an earlier output that holds nothing else and may be replaced.
+
+    Raises:
+        EnvironmentFault: E0701.
+    """
+    if not os.path.lexists(out):
+        return
+    place = Place(file=str(out))
+    if out.is_symlink() or not out.is_dir():
+        raise EnvironmentFault(
+            "E0701", "the output exists already, and is not a folder", places=place, fix="choose another path"
+        )
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    if not found:
+        return
+    ours = _files_of(out)
+    if ours is None or not overwrite:
+        raise EnvironmentFault(
+            "E0701",
+            "the output exists already",
+            places=place,
+            why="" if ours is not None else "it was not made by merganser, so it is never replaced",
+            fix="choose another path, or " + ("pass --overwrite" if ours is not None else "remove it yourself"),
+        )
+    foreign = sorted(found - ours)
+    if foreign:
+        raise EnvironmentFault(
+            "E0701",
+            f"the output holds {len(foreign)} files that the earlier merge did not write: {foreign[0]}",
+            places=place,
+            fix="move them away, or choose another path",
+        )
+
+
+def _files_of(out: Path) -> set[str] | None:
+    """The files that an earlier merge wrote, from its lock file."""
+    try:
+        files = json.loads((out / LOCK_FILE).read_text(encoding="utf-8"))["files"]
+        return set(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _existing_parent(path: Path) -> Path:
@@ -88,27 +132,39 @@ class FolderOutput:
     Use it as a context manager: leaving it without `commit` removes everything that was written.
     """
 
-    def __init__(self, out: Path, plan: Plan, *, shard_bytes: int) -> None:
-        self._out = out
+    def __init__(self, out: Path, plan: Plan, *, shard_bytes: int, overwrite: bool = False) -> None:
+        self._out = out.absolute()
         self._plan = plan
+        self._overwrite = overwrite
         self._single = out.suffix == ".safetensors"
         shards = lay_out((t.spec for t in plan.tensors), plan.bytes_written + 1 if self._single else shard_bytes)
         self._shards = shards
         self._of = {name: shard.file for shard in shards for name in shard.specs}
-        self._partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+        self._partial = self._beside("partial")
+        self._lock = self._out.with_name(_shortened(f".{self._out.name}.merganser-lock"))
+        self._lock_fd = -1
+        self._made: list[Path] = []
         self._writers: dict[str, ShardWriter] = {}
+
+    def _beside(self, kind: str) -> Path:
+        return self._out.with_name(_shortened(f"{self._out.name}.{kind}-{secrets.token_hex(4)}"))
 
     def __enter__(self) -> FolderOutput:
         try:
-            self._out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            parent = self._out.parent
+            self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+            parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             self._partial.mkdir()
         except OSError as error:
+            self._discard()
             raise EnvironmentFault(
                 "E0701", f"the output cannot be created: {error.strerror}", places=Place(file=str(self._out))
             ) from None
         try:
             for shard in self._shards:
-                self._writers[shard.file] = ShardWriter(self._partial, shard)
+                keep_open = len(self._shards) <= _OPEN_FILES
+                self._writers[shard.file] = ShardWriter(self._partial, shard, keep_open=keep_open)
         except BaseException:
             self._discard()
             raise
@@ -119,10 +175,33 @@ class FolderOutput:
     ) -> None:
         self._discard()
 
+    def _take_lock(self) -> None:
+        """Hold a lock file beside the output while writing, so that two merges into one output notice each other."""
+        self._lock_fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+            raise EnvironmentFault(
+                "E0701",
+                "another merge writes this output at the moment",
+                places=Place(file=str(self._lock)),
+                fix="wait for it, or choose another path",
+            ) from None
+
     def _discard(self) -> None:
+        """Remove what is not the output: the unfinished folder, the lock, folders that were made and are empty."""
         for writer in self._writers.values():
-            writer.close(sync=False)
+            writer.discard()
         shutil.rmtree(self._partial, ignore_errors=True)
+        if self._lock_fd >= 0:
+            self._lock.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write(self, name: str, start: int, piece: torch.Tensor) -> None:
         """Write consecutive elements of a tensor."""
@@ -135,26 +214,32 @@ class FolderOutput:
             Warnings about what was changed on the way, such as removed configuration keys.
         """
         for writer in self._writers.values():
-            writer.close(sync=True)
+            writer.sync()
         self._verify()
         notes: list[str] = []
         if self._single:
-            return self._rename(self._partial / self._shards[0].file, notes)
+            self._rename(self._partial / self._shards[0].file)
+            return notes
         plan = self._plan
         if len(self._shards) > 1:
             self._json("model.safetensors.index.json", index_of(self._shards))
         self._carry(notes)
         config: dict[str, Any] | None = None
         if plan.donor.config is not None:
-            config, removed = output_config(plan.donor.config, plan.dtype_name(), layers=plan.layers)
-            if removed:
-                notes.append(f"removed from config.json: {', '.join(removed)}")
-        every = [*warnings, *notes]
-        self._json(LOCK_FILE, lock_data(plan, every, seconds))
+            labels = None if plan.head_donor is None else plan.head_donor.config
+            config, edit = output_config(plan.donor.config, plan.dtype_name(), layers=plan.layers, labels=labels)
+            if edit.removed:
+                notes.append(f"removed from config.json: {', '.join(edit.removed)}")
+            if edit.suspects:
+                notes.append(f"the number of layers changed; check in config.json: {', '.join(edit.suspects)}")
         self._text("README.md", model_card(plan))
+        last = [LOCK_FILE] if config is None else [LOCK_FILE, "config.json"]
+        files = sorted(str(p.relative_to(self._partial)) for p in self._partial.rglob("*") if p.is_file())
+        self._json(LOCK_FILE, lock_data(plan, [*warnings, *notes], seconds) | {"files": sorted({*files, *last})})
         if config is not None:
             self._json("config.json", config)
-        return self._rename(self._partial, notes)
+        self._rename(self._partial)
+        return notes
 
     def _verify(self) -> None:
         """Read the headers back with the reference library."""
@@ -175,10 +260,11 @@ class FolderOutput:
         if plan.tokenizer.folder is not None:
             for relative, path in side_files(plan.tokenizer.folder, "tokenizer"):
                 self._copy(relative, path)
+        names = _distinct_names(plan.checkpoints)
         for checkpoint in plan.checkpoints:
             if checkpoint.folder is not None and checkpoint is not plan.donor:
                 for relative, path in side_files(checkpoint.folder, "licence"):
-                    self._copy(f"licenses/{checkpoint.folder.name}/{relative}", path)
+                    self._copy(f"licenses/{names[id(checkpoint)]}/{relative}", path)
 
     def _copy(self, relative: str, path: Path) -> None:
         target = self._partial / relative
@@ -201,12 +287,13 @@ class FolderOutput:
         except OSError as error:
             raise write_error(error, path) from None
 
-    def _rename(self, source: Path, notes: list[str]) -> list[str]:
+    def _rename(self, source: Path) -> None:
         """Put the result in its place; an earlier result is removed only afterwards."""
+        _check_free(self._out, overwrite=self._overwrite)
         old: Path | None = None
         try:
             if os.path.lexists(self._out):
-                old = self._out.with_name(f"{self._out.name}.old-{secrets.token_hex(4)}")
+                old = self._beside("old")
                 self._out.rename(old)
             source.rename(self._out)
         except OSError as error:
@@ -215,10 +302,39 @@ class FolderOutput:
             raise EnvironmentFault(
                 "E0701", f"the output cannot be put in its place: {error.strerror}", places=Place(file=str(self._out))
             ) from None
-        _sync_folder(self._out.absolute().parent)
+        self._made = []
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-        return notes
+        try:
+            _sync_folder(self._out.parent)
+        except OSError as error:
+            raise EnvironmentFault(
+                "E0703",
+                f"the output is complete, but whether it would survive a power failure is unknown: {error.strerror}",
+                places=Place(file=str(self._out)),
+            ) from None
+
+
+def _distinct_names(checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
+    """A folder name for every parent, numbered where two have the same."""
+    taken: set[str] = set()
+    names: dict[int, str] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.folder is None:
+            continue
+        stem = name = checkpoint.folder.resolve().name or "model"
+        number = 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name)
+        names[id(checkpoint)] = name
+    return names
+
+
+def _shortened(name: str) -> str:
+    """A file name of at most 255 bytes that ends as `name` does."""
+    raw = name.encode()
+    return name if len(raw) <= 255 else raw[:100].decode(errors="ignore") + "~" + raw[-100:].decode(errors="ignore")
 
 
 def _sync_folder(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from merganser.blocks import Role, layer_counts
 from merganser.checkpoint import Checkpoint
-from merganser.engine._stream import Input
+from merganser.engine._tensor import Input
 from merganser.errors import InputError, Place, escape, nearest
 
 __all__ = ["check_configs", "check_names", "check_shapes", "find_ties", "side_file_warnings"]
@@ -222,26 +222,20 @@ def check_configs(checkpoints: Sequence[Checkpoint], heads_apart: bool) -> None:
     configured = [c for c in checkpoints if c.config is not None]
     for checkpoint in configured[1:]:
         first = configured[0]
-        for key in ("model_type",):
-            ours, theirs = (first.config or {}).get(key), (checkpoint.config or {}).get(key)
-            if ours is not None and theirs is not None and ours != theirs:
-                raise InputError(
-                    "E0409",
-                    f"the models have different architectures: `{ours}` and `{theirs}`",
-                    places=[Place(file=str(c.folder or c.label), key=key) for c in (first, checkpoint)],
-                )
-        labels = [(c.config or {}).get("id2label") for c in (first, checkpoint)]
-        if (
-            not heads_apart
-            and _has_head(first)
-            and _has_head(checkpoint)
-            and None not in labels
-            and (labels[0] != labels[1])
-        ):
+        ours, theirs = (first.config or {}).get("model_type"), (checkpoint.config or {}).get("model_type")
+        if ours is not None and theirs is not None and ours != theirs:
+            raise InputError(
+                "E0409",
+                f"the models have different architectures: `{ours}` and `{theirs}`",
+                places=[Place(file=str(c.folder or c.label), key="model_type") for c in (first, checkpoint)],
+            )
+    labelled = [c for c in configured if (c.config or {}).get("id2label") is not None and _has_head(c)]
+    for checkpoint in () if heads_apart else labelled[1:]:
+        if (checkpoint.config or {})["id2label"] != (labelled[0].config or {})["id2label"]:
             raise InputError(
                 "E0411",
                 "the models predict different label sets, so averaging their heads has no meaning",
-                places=[Place(file=str(c.folder or c.label), key="id2label") for c in (first, checkpoint)],
+                places=[Place(file=str(c.folder or c.label), key="id2label") for c in (labelled[0], checkpoint)],
                 fix="set `heads: exclude` (--heads exclude), or `heads: keep-from MODEL`",
             )
 

@@ -12,7 +12,8 @@ from merganser._torch import torch
 from merganser.blocks import layer_of, natural_key
 from merganser.checkpoint import Checkpoint
 from merganser.engine._executor import LocalThreads, available_cores
-from merganser.engine._stream import Input, Stream, TensorPlan
+from merganser.engine._stream import Stream
+from merganser.engine._tensor import Input, TensorPlan
 from merganser.methods import Block
 
 __all__ = ["Difference", "TensorStatistics", "compare", "group_of", "statistics"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +14,7 @@ from merganser.engine._commit import FolderOutput, check_output
 from merganser.engine._executor import Executor, LocalThreads
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._stream import Sink, Stream
-from merganser.errors import RecipeError, escape
+from merganser.errors import EnvironmentFault, escape
 from merganser.methods import Method
 from merganser.recipe import simple_recipe
 
@@ -31,11 +31,26 @@ class Outcome:
         out: the folder or file that was written.
         seconds: wall time.
         warnings: those of the plan, and what was noticed while merging.
+        report: the figures that the method reported, by tensor.
     """
 
     out: Path
     seconds: float
     warnings: tuple[str, ...]
+    report: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was noticed while a plan was carried out.
+
+    Attributes:
+        warnings: about the inputs.
+        report: the figures that the method reported, by tensor.
+    """
+
+    warnings: list[str]
+    report: dict[str, dict[str, Any]]
 
 
 class _MemorySink:
@@ -57,7 +72,7 @@ def execute(
     allow_nonfinite: bool = False,
     executor: Executor | None = None,
     progress: Callable[[int, str], None] | None = None,
-) -> list[str]:
+) -> Findings:
     """Carry out a plan.
 
     Args:
@@ -69,7 +84,7 @@ def execute(
         progress: called from any thread with the number of bytes just read and the tensor's name.
 
     Returns:
-        Warnings about what was noticed while reading.
+        Warnings about what was noticed while reading, and the method's report.
 
     Raises:
         NumericError: a value that is not finite, in an input or in the result.
@@ -79,12 +94,23 @@ def execute(
     stream = Stream(
         executor,
         plan.block_elements,
-        device=torch.device(device if device is not None else "cpu"),
+        device=_device(device),
         check_finite=not allow_nonfinite,
         counters=plan.counters,
+        budget=plan.max_memory,
         progress=progress,
     )
-    warnings = []
+    try:
+        return _run(plan, stream, sink)
+    finally:
+        for checkpoint in plan.checkpoints:
+            checkpoint.close()
+
+
+def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
+    """Copies, then every group of merged tensors, then a look whether the inputs are still what they were."""
+    warnings: list[str] = []
+    reports: dict[str, dict[str, Any]] = {}
     for second, owner in stream.differing(plan.ties):
         warnings.append(
             f"`{escape(second.name)}` of {second.checkpoint.label} is tied to `{escape(owner.name)}` but holds other "
@@ -99,8 +125,27 @@ def execute(
         )
     stream.copy(copies, sink)
     for method, tensors in plan.groups():
-        stream.merge(method, tensors, plan.recipe.seed, sink)
-    return warnings
+        start = plan.start if method.default_init is not None else None
+        reports.update(stream.merge(method, tensors, plan.recipe.seed, sink, init=start))
+    for checkpoint in plan.checkpoints:
+        checkpoint.check_unchanged()
+    return Findings(warnings, reports)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """A device that exists.
+
+    Raises:
+        EnvironmentFault: E0706.
+    """
+    try:
+        found = torch.device(device if device is not None else "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise EnvironmentFault(
+            "E0706", f"the device `{device}` cannot be used", why=str(error).splitlines()[0], fix="use cpu"
+        ) from None
+    return found
 
 
 def save(
@@ -127,11 +172,12 @@ def save(
     target = Path(out)
     started = time.monotonic()
     check_output(target, plan, overwrite=overwrite)
-    with FolderOutput(target, plan, shard_bytes=shard_bytes) as output:
+    with FolderOutput(target, plan, shard_bytes=shard_bytes, overwrite=overwrite) as output:
         found = execute(plan, output, **run)
         seconds = time.monotonic() - started
-        found += output.commit([*plan.warnings, *found], seconds)
-    return Outcome(target, time.monotonic() - started, (*plan.warnings, *found))
+        warnings = [*plan.warnings, *found.warnings]
+        warnings += output.commit(warnings, seconds)
+    return Outcome(target, time.monotonic() - started, tuple(warnings), found.report)
 
 
 @overload
@@ -141,7 +187,7 @@ def merge(
     base: Any = ...,
     method: str | Method,
     weights: Sequence[float] | None = ...,
-    statistics: Any = ...,
+    statistics: Sequence[Any] | None = ...,
     init: Any = ...,
     dtype: str | torch.dtype | None = ...,
     seed: int = ...,
@@ -158,7 +204,7 @@ def merge(
     base: Any = ...,
     method: str | Method,
     weights: Sequence[float] | None = ...,
-    statistics: Any = ...,
+    statistics: Sequence[Any] | None = ...,
     init: Any = ...,
     dtype: str | torch.dtype | None = ...,
     seed: int = ...,
@@ -174,7 +220,7 @@ def merge(
     base: Any = None,
     method: str | Method,
     weights: Sequence[float] | None = None,
-    statistics: Any = None,
+    statistics: Sequence[Any] | None = None,
     init: Any = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
@@ -189,8 +235,8 @@ def merge(
         base: the model that they were fine-tuned from, for methods that need it.
         method: a registry name (`merganser methods` lists them), or a method object.
         weights: one number per model; 1 each if None. Averages normalise them, sums of task vectors do not.
-        statistics: for methods that need statistics.
-        init: for iterative methods.
+        statistics: one per model (files or `Statistics`), for methods that need them.
+        init: where iterative methods start: a registry name, a method object, or weights (path or state dict).
         dtype: type of the result; that of the inputs if None (the wider, where they differ).
         seed: of random masks.
         device: where the arithmetic happens; the CPU if None.
@@ -206,15 +252,13 @@ def merge(
 
     Complexity: O(models x elements) per pass; arithmetic in float32 (float64 for float64 inputs), rounded once.
     """
-    for name, value in (("statistics", statistics), ("init", init)):
-        if value is not None:
-            label = method if isinstance(method, str) else method.name
-            raise RecipeError("E0305", f"`{label}` does not use `{name}`")
     recipe = simple_recipe(
         models,
         base=base,
         method=method,
         weights=weights,
+        statistics=statistics,
+        init=init,
         options=options,
         dtype=None if dtype is None else str(dtype),
         seed=seed,

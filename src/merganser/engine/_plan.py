@@ -10,10 +10,11 @@ from merganser._torch import torch
 from merganser.blocks import natural_key
 from merganser.checkpoint import Checkpoint, refuse_unmergeable
 from merganser.engine._compare import check_configs, find_ties, side_file_warnings
+from merganser.engine._demands import OpenModels
 from merganser.engine._executor import available_cores
 from merganser.engine._profile import predict_seconds
-from merganser.engine._rules import OpenModels, TensorRules
-from merganser.engine._stream import Input, TensorPlan
+from merganser.engine._rules import TensorRules
+from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import InputError, Place, RecipeError, ResourceError, UsageError, suggestion
 from merganser.methods import Method, find_method
 from merganser.recipe import Recipe
@@ -40,12 +41,15 @@ class Plan:
         tokenizer: whose tokenizer files are taken.
         checkpoints: all models, the base first.
         labels: how each is called.
-        layers: the number of layers, where slices changed it.
+        layers: the numbers of layers of the inputs and of the output, where slices were used.
+        head_donor: the model whose head is kept, if it is named.
+        start: the method whose merge is the initialisation, for methods that need one.
         ties: pairs of tensors that must be equal, because only one of them is merged.
         warnings: everything that the user should know.
         threads: worker threads.
         block_elements: elements per block.
         counters: int64 counters that a method may keep.
+        max_memory: the budget, in bytes above the interpreter.
         bytes_read: bytes that all passes read.
         bytes_written: bytes of the output's tensors.
         peak_memory: bytes above the interpreter.
@@ -59,12 +63,15 @@ class Plan:
     donor: Checkpoint
     tokenizer: Checkpoint
     checkpoints: tuple[Checkpoint, ...]
-    layers: int | None
+    layers: tuple[int, int] | None
+    head_donor: Checkpoint | None
+    start: Method | None
     ties: tuple[tuple[Input, Input], ...]
     warnings: tuple[str, ...]
     threads: int
     block_elements: int
     counters: int
+    max_memory: int
     bytes_read: int
     bytes_written: int
     peak_memory: int
@@ -180,7 +187,7 @@ class _Planner:
                 "the models have no weights to merge",
                 places=[Place(file=checkpoint.label) for checkpoint in participants[:3]],
             )
-        warnings += [*rules.warnings, *side_file_warnings(opened.everyone(), donor)]
+        warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
         block, peak = _memory(tensors, self.threads, self.max_memory)
         read = _bytes_read(tensors) + sum(a.spec.nbytes + b.spec.nbytes for a, b in ties)
         written = sum(tensor.spec.nbytes for tensor in tensors)
@@ -194,11 +201,14 @@ class _Planner:
             tokenizer=tokenizer,
             checkpoints=tuple(opened.everyone()),
             layers=rules.layers,
+            head_donor=rules.head_donor,
+            start=rules.demands.start,
             ties=tuple(ties),
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
             counters=self.max_memory // 8 // _COUNTER_BYTES,
+            max_memory=self.max_memory,
             bytes_read=read,
             bytes_written=written,
             peak_memory=peak,
@@ -210,11 +220,22 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
     """The block size that fits the budget, and the peak memory that it leads to.
 
     Raises:
-        ResourceError: E0802, the smallest blocks do not fit.
+        ResourceError: E0802, the smallest blocks, or a tensor that its method needs whole, do not fit.
     """
-    per_element, buffer_bytes = 1, 1
-    counter_bytes = 0
+    per_element, buffer_bytes, counter_bytes = 1, 1, 0
+    whole: list[int] = []
     for tensor in tensors:
+        if tensor.is_whole:
+            whole.append(tensor.whole_bytes())
+            if whole[-1] > budget:
+                raise ResourceError(
+                    "E0802",
+                    f"`{tensor.spec.name}` needs {whole[-1] / 1e6:,.0f} MB as a whole; the budget is "
+                    f"{budget / 1e6:,.0f} MB",
+                    places=Place(tensor=tensor.spec.name),
+                    fix="raise --max-memory",
+                )
+            continue
         width = max(source.spec.dtype.itemsize for source in tensor.inputs) + tensor.spec.dtype.itemsize + 2
         if tensor.method is not None:
             buffers = tensor.method.buffers(len(tensor.inputs)) + (tensor.base is not None)
@@ -224,21 +245,20 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
                 counter_bytes = min(budget // 8, len(tensor.inputs) * _COUNTER_BYTES << 20)
         per_element = max(per_element, width)
     fixed = 32_000_000 + 2_000 * len(tensors) + counter_bytes
-    available = (budget - fixed) // threads
     wanted = min(_LARGEST_BLOCK, max(kernels.CHUNK, _power_of_two(_WORKING_SET // buffer_bytes)))
-    block = min(wanted, _power_of_two(available // per_element))
-    largest = max(tensor.spec.numel for tensor in tensors)
-    smallest = kernels.CHUNK
-    if block < smallest:
-        needed = fixed + threads * smallest * per_element
+    block = min(wanted, _power_of_two((budget - fixed) // threads // per_element))
+    if block < kernels.CHUNK:
+        needed = fixed + threads * kernels.CHUNK * per_element
         raise ResourceError(
             "E0802",
             f"the merge needs at least {needed / 1e6:,.0f} MB above the interpreter; the budget is "
             f"{budget / 1e6:,.0f} MB",
             fix="raise --max-memory, or use fewer --threads",
         )
-    block = max(smallest, min(block, 2 * _power_of_two(largest)))
-    return block, fixed + threads * block * per_element
+    largest = max(tensor.spec.numel for tensor in tensors)
+    block = max(kernels.CHUNK, min(block, 2 * _power_of_two(largest)))
+    workers = min(threads, budget // max(whole)) if whole else 0
+    return block, fixed + max(threads * block * per_element, sum(sorted(whole)[-workers:] if workers else ()))
 
 
 def _power_of_two(value: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from merganser._torch import torch
-from merganser.engine._stream import TensorPlan
+from merganser.engine._tensor import TensorPlan
 
 __all__ = ["MachineProfile", "machine_profile", "predict_seconds"]
 
@@ -34,24 +35,33 @@ class MachineProfile:
     element: float
 
 
+_TYPICAL = MachineProfile(read=2e9, write=1e9, element=1e-10)
+"""What is assumed where nothing can be measured."""
+
+
 def cache_folder() -> Path:
-    """Where measurements are kept: ``$XDG_CACHE_HOME/merganser``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "merganser"
+    """Where measurements are kept: ``$XDG_CACHE_HOME/merganser``, or the temporary folder where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "merganser"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "merganser"
 
 
 def machine_profile() -> MachineProfile:
     """The rates of this machine; measured in about a quarter of a second the first time."""
     path = cache_folder() / f"machine-{_VERSION}.json"
     try:
-        return MachineProfile(**json.loads(path.read_text()))
+        known = MachineProfile(**json.loads(path.read_text()))
+        if all(isinstance(rate, float) and 0 < rate < math.inf for rate in asdict(known).values()):
+            return known
     except (OSError, ValueError, TypeError):
         pass
-    profile = _measure()
     try:
+        profile = _measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(profile)))
     except OSError:
-        pass
+        return _TYPICAL
     return profile
 
 
@@ -65,15 +75,13 @@ def _measure() -> MachineProfile:
             a.mul_(1.0)
         best = min(best, (time.perf_counter() - start) / (8 * a.numel()))
     data = bytearray(_PROBE_BYTES)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(buffering=0) as file:
         start = time.perf_counter()
-        file.write(data)
-        file.flush()
-        write = _PROBE_BYTES / (time.perf_counter() - start)
+        written = file.write(data)
+        write = written / (time.perf_counter() - start)
         file.seek(0)
         start = time.perf_counter()
-        file.readinto(data)
-        read = _PROBE_BYTES / (time.perf_counter() - start)
+        read = file.readinto(data) / (time.perf_counter() - start)
     return MachineProfile(read=read, write=write, element=best)
 
 

@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.checkpoint import Checkpoint
-from merganser.engine._executor import Executor
+from merganser.engine._block import PIECE, Reader, StreamBlock
+from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError, Place
 from merganser.methods import Block, BlockKey, Context, Method
 
-__all__ = ["Input", "Sink", "Stream", "TensorPlan"]
+__all__ = ["Sink", "Stream"]
 
 T = TypeVar("T")
-_PIECE = 1 << 17
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A tensor of a checkpoint."""
-
-    checkpoint: Checkpoint
-    name: str
-
-    @property
-    def spec(self) -> BlockSpec:
-        """Its shape and type."""
-        return self.checkpoint.specs()[self.name]
-
-    @property
-    def place(self) -> Place:
-        """Where it is, for messages."""
-        return Place(file=self.checkpoint.place_of(self.name), tensor=self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """How one output tensor is made: merged by `method` from `inputs`, or copied from the only input.
-
-    Attributes:
-        spec: the output tensor.
-        inputs: the models' tensors.
-        base: the base's.
-        method: None for a copy.
-        weights: one per input.
-        dtype: the compute type.
-        reason: why it is copied.
-    """
-
-    spec: BlockSpec
-    inputs: tuple[Input, ...]
-    base: Input | None
-    method: Method | None
-    weights: tuple[float, ...]
-    dtype: torch.dtype
-    reason: str = ""
 
 
 class Sink(Protocol):
@@ -69,72 +26,6 @@ class Sink(Protocol):
     def write(self, name: str, start: int, piece: torch.Tensor) -> None:
         """Take consecutive elements of the flattened tensor, from element `start` on."""
         ...
-
-
-class _Scratch(threading.local):
-    """Buffers of one thread, made once and used for every block."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[object, torch.Tensor] = {}
-
-    def get(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A flat buffer, uninitialised."""
-        found = self._buffers.get((key, dtype))
-        if found is None or found.numel() < numel:
-            found = self._buffers[key, dtype] = torch.empty(numel, dtype=dtype, device=device)
-        return found[:numel]
-
-
-class _StreamBlock(Block):
-    """A block that is read when it is asked for."""
-
-    def __init__(self, stream: Stream, tensor: TensorPlan, key: BlockKey, seed: int) -> None:
-        self.spec = tensor.spec
-        self.key = key
-        self.weights = tensor.weights
-        self.seed = seed
-        self.notes: Counter[str] = Counter()
-        self.doubtful = False
-        self._stream = stream
-        self._tensor = tensor
-        self._base: torch.Tensor | None = None
-
-    @property
-    def base(self) -> torch.Tensor:
-        if self._base is None:
-            assert self._tensor.base is not None
-            self._base = self._load(self._tensor.base, "base")
-        return self._base
-
-    def model(self, index: int, slot: int | None = None) -> torch.Tensor:
-        return self._load(self._tensor.inputs[index], f"model {index if slot is None else slot}")
-
-    def buffer(self, name: str) -> torch.Tensor:
-        return self._get(f"scratch {name}", self._tensor.dtype)
-
-    def note(self, name: str, amount: int) -> None:
-        self.notes[name] += amount
-
-    def doubt(self) -> None:
-        self.doubtful = True
-
-    def _get(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        return self._stream.scratch.get(key, self.key.stop - self.key.start, dtype, self._stream.device)
-
-    def _load(self, source: Input, key: str) -> torch.Tensor:
-        target = self._get(key, self._tensor.dtype)
-        native = source.spec.dtype
-        if native == target.dtype and target.device.type == "cpu":
-            self._stream.read(source, self.key.start, self.key.stop, target)
-        else:
-            for first in range(0, target.numel(), _PIECE):
-                last = min(target.numel(), first + _PIECE)
-                raw = self._stream.scratch.get("raw", last - first, native, torch.device("cpu"))
-                self._stream.read(source, self.key.start + first, self.key.start + last, raw)
-                target[first:last].copy_(raw)
-        if self._stream.check_finite and kernels.count_nonfinite(target):
-            raise self._stream.nonfinite_input(source)
-        return target
 
 
 class _StreamContext(Context):
@@ -157,11 +48,12 @@ class _StreamContext(Context):
         def run(task: Sequence[BlockKey]) -> list[tuple[BlockKey, T]]:
             results = []
             for key in task:
-                block = _StreamBlock(self._stream, self._tensors[key.name], _middle(key, share), self.seed)
+                block = StreamBlock(self._stream.reader, self._tensors[key.name], _middle(key, share), self.seed)
                 results.append((key, fn(block)))
             return results
 
-        for results in self._stream.executor.map(run, self._stream.tasks(self._tensors.values())):
+        tasks = self._stream.tasks(self._tensors.values(), whole=False)
+        for results in self._stream.executor.map(run, tasks):
             yield from results
 
 
@@ -184,6 +76,7 @@ class Stream:
         device: where the arithmetic happens.
         check_finite: whether NaN and infinite values are errors.
         counters: int64 counters that a method may keep.
+        budget: bytes for tensors that must be whole.
         progress: called from any thread with the number of bytes just read and the tensor's name.
     """
 
@@ -195,24 +88,29 @@ class Stream:
         device: torch.device,
         check_finite: bool = True,
         counters: int = 1 << 22,
+        budget: int = 1 << 30,
         progress: Callable[[int, str], None] | None = None,
     ) -> None:
-        self.scratch = _Scratch()
-        self.device = device
-        self.check_finite = check_finite
+        self.reader = Reader(device, check_finite, progress)
         self.counters = counters
+        self._budget = budget
         self.executor = executor
         self._block = block_elements
-        self._progress = progress
 
-    def tasks(self, tensors: Iterable[TensorPlan]) -> Iterator[list[BlockKey]]:
-        """Blocks in order, small ones together, so that a task has about one block of work."""
+    def tasks(self, tensors: Iterable[TensorPlan], *, whole: bool = True) -> Iterator[list[BlockKey]]:
+        """Blocks in order, small ones together, so that a task has about one block of work.
+
+        Args:
+            tensors: what to divide.
+            whole: keep tensors in one block where their method asks for that.
+        """
         task: list[BlockKey] = []
         filled = 0
         for tensor in tensors:
             numel = tensor.spec.numel
-            for start in range(0, max(numel, 1), self._block):
-                stop = min(numel, start + self._block)
+            step = max(1, numel) if whole and tensor.is_whole else self._block
+            for start in range(0, max(numel, 1), step):
+                stop = min(numel, start + step)
                 if task and filled + stop - start > self._block:
                     yield task
                     task, filled = [], 0
@@ -221,52 +119,60 @@ class Stream:
         if task:
             yield task
 
-    def read(self, source: Input, start: int, stop: int, out: torch.Tensor) -> None:
-        """Read elements of an input in their stored type, and report the progress."""
-        source.checkpoint.read_range(source.name, start, stop, out)
-        if self._progress is not None:
-            self._progress(out.numel() * out.element_size(), source.name)
-
     def context(self, tensors: Mapping[str, TensorPlan], seed: int) -> Context:
         """The view of some tensors that a method's `prepare` receives."""
         return _StreamContext(self, tensors, seed)
 
-    def merge(self, method: Method, tensors: Mapping[str, TensorPlan], seed: int, sink: Sink) -> None:
-        """Prepare the method, merge every block into `sink`, and repeat the blocks that its review asks for."""
-        state = method.prepare(self.context(tensors, seed))
-        notes, doubtful = self._merge_pass(method, tensors, seed, sink, state, self.tasks(tensors.values()))
-        revised = method.review(state, notes)
-        if revised is not None and doubtful:
-            self._merge_pass(method, tensors, seed, sink, revised, ([key] for key in doubtful))
+    def merge(
+        self, method: Method, tensors: Mapping[str, TensorPlan], seed: int, sink: Sink, init: Method | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Prepare the method, merge every block into `sink`, and repeat the blocks that its review asks for.
 
-    def _merge_pass(
-        self,
-        method: Method,
-        tensors: Mapping[str, TensorPlan],
-        seed: int,
-        sink: Sink,
-        state: object,
-        tasks: Iterable[list[BlockKey]],
-    ) -> tuple[Mapping[str, int], list[BlockKey]]:
-        """Merge blocks into `sink`; the sums of the method's notes, and the blocks that it doubts."""
+        Args:
+            method: the method.
+            tensors: what it merges.
+            seed: of random masks.
+            sink: where the elements go.
+            init: the method whose merge is the initialisation.
 
-        def run(task: list[BlockKey]) -> tuple[Counter[str], list[BlockKey]]:
+        Returns:
+            The figures that the method reported, by tensor.
+        """
+        context = self.context(tensors, seed)
+        state = method.prepare(context)
+        start = None if init is None else (init, init.prepare(context))
+        reports: dict[str, dict[str, Any]] = {}
+
+        def run(task: list[BlockKey], state: object) -> tuple[Counter[str], list[BlockKey]]:
             notes: Counter[str] = Counter()
             doubtful = []
             for key in task:
-                block = _StreamBlock(self, tensors[key.name], key, seed)
+                block = StreamBlock(self.reader, tensors[key.name], key, seed)
+                block.start = start
                 self._write(sink, block.spec, key, method.merge(block, state))
                 notes.update(block.notes)
+                if block.figures:
+                    reports[key.name] = block.figures
                 if block.doubtful:
                     doubtful.append(key)
             return notes, doubtful
 
-        all_notes: Counter[str] = Counter()
-        all_doubtful: list[BlockKey] = []
-        for notes, doubtful in self.executor.map(run, tasks):
-            all_notes.update(notes)
-            all_doubtful.extend(doubtful)
-        return all_notes, all_doubtful
+        notes: Counter[str] = Counter()
+        doubtful: list[BlockKey] = []
+        for found, doubts in self._executor_for(tensors).map(lambda t: run(t, state), self.tasks(tensors.values())):
+            notes.update(found)
+            doubtful.extend(doubts)
+        revised = method.review(state, notes)
+        if revised is not None and doubtful:
+            for _ in self.executor.map(lambda t: run(t, revised), ([key] for key in doubtful)):
+                pass
+        return {name: reports[name] for name in tensors if name in reports}
+
+    def _executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
+        """Fewer threads, where several whole tensors at once would exceed the memory budget."""
+        largest = max((t.whole_bytes() for t in tensors.values() if t.is_whole), default=0)
+        workers = max(1, min(self.executor.workers, self._budget // max(1, largest)))
+        return self.executor if workers == self.executor.workers else LocalThreads(workers)
 
     def copy(self, tensors: Iterable[TensorPlan], sink: Sink) -> None:
         """Copy tensors from their only input, cast to the output type."""
@@ -275,10 +181,8 @@ class Stream:
         def run(task: list[BlockKey]) -> None:
             for key in task:
                 source = table[key.name].inputs[0]
-                raw = self.scratch.get("copy", key.stop - key.start, source.spec.dtype, torch.device("cpu"))
-                self.read(source, key.start, key.stop, raw)
-                if raw.is_floating_point() and self.check_finite and kernels.count_nonfinite(raw):
-                    raise self.nonfinite_input(source)
+                raw = self.reader.scratch.get("copy", key.stop - key.start, source.spec.dtype, torch.device("cpu"))
+                self.reader.load(source, key.start, key.stop, raw)
                 self._write(sink, table[key.name].spec, key, raw)
 
         for _ in self.executor.map(run, self.tasks(table.values())):
@@ -290,58 +194,29 @@ class Stream:
         for a, b in pairs:
             for start in range(0, a.spec.numel, self._block):
                 stop = min(a.spec.numel, start + self._block)
-                x = self.scratch.get("copy", stop - start, a.spec.dtype, cpu)
-                y = self.scratch.get("other", stop - start, b.spec.dtype, cpu)
-                self.read(a, start, stop, x)
-                self.read(b, start, stop, y)
+                x = self.reader.scratch.get("copy", stop - start, a.spec.dtype, cpu)
+                y = self.reader.scratch.get("other", stop - start, b.spec.dtype, cpu)
+                self.reader.read(a, start, stop, x)
+                self.reader.read(b, start, stop, y)
                 if not torch.equal(x, y):
                     yield a, b
                     break
 
     def _write(self, sink: Sink, spec: BlockSpec, key: BlockKey, values: torch.Tensor) -> None:
+        """Round the merged elements to the output type, piece by piece, and write them if they are finite."""
         values = values.reshape(-1)
-        if values.dtype != spec.dtype or values.device.type != "cpu":
-            for first in range(0, values.numel(), _PIECE):
-                part = values[first : first + _PIECE]
-                target = self.scratch.get("out", part.numel(), spec.dtype, torch.device("cpu"))
-                target.copy_(part)
-                sink.write(spec.name, key.start + first, target)
-            return
-        if self.check_finite and spec.is_float and kernels.count_nonfinite(values):
-            raise NumericError(
-                "E0602",
-                f"the merged tensor has {kernels.count_nonfinite(values)} values that are not finite in this block, "
-                f"the first at element {key.start + kernels.first_nonfinite(values)}, although its inputs are finite",
-                places=Place(tensor=spec.name),
-                why=f"the result exceeds the range of {str(spec.dtype).removeprefix('torch.')}",
-                fix="use dtype bfloat16 or float32, or a smaller scale",
-            )
-        sink.write(spec.name, key.start, values)
-
-    def nonfinite_input(self, source: Input) -> NumericError:
-        """The error for an input with NaN or infinite values: their number, and the first one's index."""
-        count, first = 0, -1
-        spec = source.spec
-        for start in range(0, spec.numel, self._block):
-            stop = min(spec.numel, start + self._block)
-            raw = torch.empty(stop - start, dtype=spec.dtype)
-            source.checkpoint.read_range(source.name, start, stop, raw)
-            found = kernels.count_nonfinite(raw)
-            if found and first < 0:
-                first = start + kernels.first_nonfinite(raw)
-            count += found
-        index = _unravel(first, spec.shape)
-        return NumericError(
-            "E0601",
-            f"{count:,} of {spec.numel:,} values are NaN or infinite, the first at {list(index)}",
-            places=source.place,
-            fix="use an undamaged checkpoint, exclude the tensor, or pass --allow-nonfinite",
-        )
-
-
-def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    result: list[int] = []
-    for size in reversed(shape):
-        result.append(index % size)
-        index //= size
-    return tuple(reversed(result))
+        for first in range(0, values.numel(), PIECE):
+            piece = values[first : first + PIECE]
+            if piece.dtype != spec.dtype or piece.device.type != "cpu":
+                target = self.reader.scratch.get("out", piece.numel(), spec.dtype, torch.device("cpu"))
+                piece = target.copy_(piece)
+            if self.reader.check_finite and spec.is_float and kernels.count_nonfinite(piece):
+                raise NumericError(
+                    "E0602",
+                    f"merged values are not finite, although the inputs are: {kernels.count_nonfinite(piece)} of "
+                    f"{piece.numel():,}, the first at element {key.start + first + kernels.first_nonfinite(piece)}",
+                    places=Place(tensor=spec.name),
+                    why=f"the result exceeds the range of {str(spec.dtype).removeprefix('torch.')}",
+                    fix="use dtype bfloat16 or float32, or a smaller scale",
+                )
+            sink.write(spec.name, key.start + first, piece)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.errors import Place, RecipeError
+from merganser.errors import MerganserError, Place, RecipeError
 from merganser.methods._options import check_options, option, option_name
 
 __all__ = ["About", "Block", "BlockKey", "Context", "Method", "Transform", "TransformedBlock", "TransformedContext"]
@@ -59,6 +59,34 @@ class Block(ABC):
     @abstractmethod
     def buffer(self, name: str) -> torch.Tensor:
         """A scratch tensor of the block's size; its contents are whatever was left there."""
+
+    @abstractmethod
+    def statistic(self, kind: str, index: int) -> torch.Tensor | None:
+        """A statistic of model `index`, or None if it was not collected for this tensor.
+
+        Args:
+            kind: ``"gram"`` (in x in), ``"output_gram"`` (out x out), ``"block"`` (d x d) or ``"rows"`` (n x d), all
+                whole; or ``"fisher"``, the elements that belong to this block's, flat.
+            index: the model.
+        """
+
+    @abstractmethod
+    def fault(self, kind: str, index: int, message: str) -> MerganserError:
+        """The error for a statistic of model `index` that cannot be right, to be raised."""
+
+    @property
+    @abstractmethod
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out), as statistics of it say."""
+
+    @property
+    @abstractmethod
+    def init(self) -> torch.Tensor:
+        """The elements of the initialisation that the user chose. Yours to overwrite."""
+
+    @abstractmethod
+    def report(self, **values: Any) -> None:
+        """Record figures about this block (status, iterations, residual), for the report of the merge."""
 
     @abstractmethod
     def note(self, name: str, amount: int) -> None:
@@ -142,6 +170,28 @@ class TransformedBlock(Block):
         """A scratch tensor."""
         return self._inner.buffer(name)
 
+    def statistic(self, kind: str, index: int) -> torch.Tensor | None:
+        """A statistic of a model."""
+        return self._inner.statistic(kind, index)
+
+    def fault(self, kind: str, index: int, message: str) -> MerganserError:
+        """The error for a statistic."""
+        return self._inner.fault(kind, index, message)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self._inner.transposed
+
+    @property
+    def init(self) -> torch.Tensor:
+        """The initialisation."""
+        return self._inner.init
+
+    def report(self, **values: Any) -> None:
+        """Record figures."""
+        self._inner.report(**values)
+
     def note(self, name: str, amount: int) -> None:
         """Add to a count of the pass."""
         self._inner.note(name, amount)
@@ -210,6 +260,7 @@ class Method(ABC):
             after passes over the whole model (``"model"``), or models one after the other (``"sequential"``).
         needs: what must be given beside the models: ``"base"``, ...
         arity: least and greatest number of models.
+        default_init: the initialisation if the user names none; None for a method that has no use for one.
         base_is_model: whether a base that is also listed among the models counts as one of them.
     """
 
@@ -222,6 +273,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     arity: ClassVar[tuple[int, int | None]] = (1, None)
     base_is_model: ClassVar[bool] = False
+    default_init: ClassVar[str | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -249,6 +301,19 @@ class Method(ABC):
         """The number of block-sized buffers of the compute type that it uses, beside the base's."""
         return models + 2
 
+    def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
+        """Whether `merge` needs this tensor as one block.
+
+        Args:
+            spec: the tensor.
+            statistics: the kinds that every model brings for it.
+        """
+        return False
+
+    def workspace(self, spec: BlockSpec, models: int) -> int:
+        """Elements of the compute type that `merge` allocates for a whole tensor, beside buffers and statistics."""
+        return 0
+
     def check(self, models: int, weights: Sequence[float]) -> None:
         """Check the number of models and the weights.
 
@@ -267,7 +332,9 @@ class Method(ABC):
                     "E0306", f"option `{name}` has {len(value)} values for {models} models", places=Place(key=name)
                 )
         if not all(math.isfinite(weight) for weight in weights):
-            raise RecipeError("E0307", f"the weights must be finite numbers, not {list(weights)}")
+            raise RecipeError(
+                "E0307", f"the weights must be finite numbers, not {list(weights)}", places=Place(key="weight")
+            )
 
     def prepare(self, context: Context) -> State:
         """Earlier passes over the models, for whatever statistic `merge` needs."""
@@ -293,5 +360,6 @@ def check_normalisable(method: Method, weights: Sequence[float]) -> None:
         raise RecipeError(
             "E0307",
             f"the weights {list(weights)} sum to zero, so `{method.name}` cannot normalise them",
+            places=Place(key="weight"),
             fix="change the weights, or set normalize to false",
         )

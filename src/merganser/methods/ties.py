@@ -13,7 +13,7 @@ from merganser.methods._select import magnitude_thresholds
 
 __all__ = ["Ties", "TiesState"]
 
-_SAMPLE = 1 / 16
+_SAMPLE = 1 / 64
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,20 @@ class Threshold:
     quota: int | None = None
     before: Mapping[BlockKey, int] = field(default_factory=dict)
 
-    def trim(self, delta: torch.Tensor, magnitude: torch.Tensor, key: BlockKey) -> torch.Tensor:
+    def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
         """Set the entries that are not kept to zero, in place.
 
         Returns:
             The mask of what is kept (uint8), without entries that were zero anyway.
         """
-        if self.value == 0:
-            return kernels.nonzero(delta)
-        torch.abs(delta, out=magnitude)
-        keep = kernels.at_least(magnitude, self.value)
-        if self.quota is not None:
-            tied = torch.nonzero(kernels.equal_to(magnitude, self.value)).view(-1)
-            keep[tied[max(0, self.quota - self.before[key]) :]] = 0
-        delta.mul_(keep)
-        return keep
+        if self.value > 0:
+            tied = None
+            if self.quota is not None:
+                tied = torch.nonzero(kernels.equal_to(delta.abs(), self.value)).view(-1)
+            kernels.trim_below_(delta, self.value)
+            if tied is not None:
+                delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
+        return kernels.nonzero(delta)
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,11 @@ class Ties(Method, name="ties"):
     def _elect(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """The trimmed, weighted task vectors, the sign of their sum, and where any of them is kept."""
         thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
-        scratch, total = block.buffer("magnitude"), block.buffer("sign")
+        total = block.buffer("sign")
         trimmed: list[torch.Tensor] = []
         for index, (weight, threshold) in enumerate(zip(block.weights, thresholds, strict=True)):
             delta = block.delta(index)
-            keep = threshold.trim(delta, scratch, block.key)
+            keep = threshold.trim(delta, block.key)
             if weight != 1:
                 delta.mul_(weight)
             if not trimmed:
@@ -182,7 +181,7 @@ class Ties(Method, name="ties"):
             for delta in agreeing[1:]:
                 torch.maximum(result, delta, out=result)
             return result.mul_(sign)
-        share = block.buffer("magnitude")
+        share = block.buffer("share")
         counted = block.buffer("count")
         if self.merge_ == "mean":
             torch.sign(result, out=counted)

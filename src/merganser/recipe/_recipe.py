@@ -10,18 +10,19 @@ from typing import Any
 from merganser.errors import EnvironmentFault, Place, RecipeError, nearest, suggestion
 from merganser.methods import Method, create_method, find_method
 from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters, unwrap
-from merganser.recipe._yaml import Document, parse_yaml
+from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
 
 __all__ = ["Recipe", "Slice", "Source", "load_recipe", "simple_recipe"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a slice, the range of its layers (None: all), and its own settings."""
+    """A model of a slice, the range of its layers (None: all), its own settings, and its statistics (a file)."""
 
     model: Any
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
+    statistics: Any = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Recipe:
         method: registry name, or a method with its options.
         base: the model that the others were fine-tuned from.
         parameters: settings for all slices.
+        init: where an iterative method starts: a registry name, a method, or weights; None means its default.
         dtype: name of the output type; None keeps that of the inputs.
         seed: of random masks.
         exclude: patterns of tensors that are not merged.
         heads: ``"merge"``, ``"exclude"`` or ``"keep-from MODEL"``.
+        lines: the line of every setting in that file, by its name.
         files_from: whose configuration and side files are taken; None means the base, else the first model.
         tokenizer_from: whose tokenizer files are taken; None means as `files_from`.
         title: for the model card.
@@ -56,6 +59,7 @@ class Recipe:
     method: str | Method
     base: Any = None
     parameters: Parameters = field(default_factory=dict)
+    init: Any = None
     dtype: str | None = None
     seed: int = 0
     exclude: tuple[str, ...] = ()
@@ -65,6 +69,7 @@ class Recipe:
     title: str | None = None
     text: str | None = None
     file: str | None = None
+    lines: Mapping[str, int] = field(default_factory=dict)
 
     def models(self) -> list[Any]:
         """The models, each once, in the order in which they are first named."""
@@ -117,10 +122,22 @@ class Recipe:
             options[key] = values[0] if all(value == values[0] for value in values) else tuple(values)
         method = self.method
         if isinstance(method, str):
-            method = create_method(method, options)
+            try:
+                method = create_method(method, options)
+            except RecipeError as error:
+                raise self.located(error) from None
         elif options:
             raise RecipeError("E0305", "options are given both in the method and beside it")
         return method, self._weights(shared, sources, names, output, position)
+
+    def located(self, error: RecipeError) -> RecipeError:
+        """The error with the file and line of the setting that it is about."""
+        key = error.places[0].key if error.places else None
+        if self.file is None or key is None:
+            return error
+        line = self.lines.get(key, self.lines.get("lambda") if key == "scale" else None)
+        place = Place(file=self.file, key=key, line=line)
+        return RecipeError(error.code, error.message, places=place, why=error.why, fix=error.fix)
 
     def _weights(
         self, shared: list[Parameters], sources: Sequence[Source], names: Sequence[str], output: str, position: float
@@ -161,6 +178,7 @@ def simple_recipe(
     base: Any = None,
     method: str | Method,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> Recipe:
@@ -173,12 +191,18 @@ def simple_recipe(
         raise RecipeError("E0308", "the models are given as a list with at least one model")
     if weights is not None and len(weights) != len(models):
         raise RecipeError("E0307", f"{len(weights)} weights are given for {len(models)} models")
+    if statistics is not None and len(statistics) != len(models):
+        raise RecipeError("E0308", f"{len(statistics)} statistics are given for {len(models)} models")
     if isinstance(method, str):
         create_method(method, options or {})
     elif options:
         raise RecipeError("E0305", f"options {sorted(options)} are given beside a method that has its own")
     sources = tuple(
-        Source(model, parameters=constant({"weight": weights[i]}) if weights is not None else {})
+        Source(
+            model,
+            parameters=constant({"weight": weights[i]}) if weights is not None else {},
+            statistics=None if statistics is None else statistics[i],
+        )
         for i, model in enumerate(models)
     )
     return Recipe((Slice(sources),), method, base=base, parameters=constant(options or {}), **rest)
@@ -195,7 +219,8 @@ def load_recipe(path: Path) -> Recipe:
         EnvironmentFault: the file cannot be read.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except IsADirectoryError:
         raise RecipeError("E0301", "the recipe is a folder, not a file", places=Place(file=str(path))) from None
     except FileNotFoundError:
@@ -248,7 +273,12 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         raise _located(error, document, ("merge_method",)) from None
     if parsed.models is not None:
         sources = tuple(
-            Source(_reference(document, entry.model, ("models", i)), None, settings(entry.parameters, "models", i))
+            Source(
+                _reference(document, entry.model, ("models", i)),
+                None,
+                settings(entry.parameters, "models", i),
+                entry.statistics,
+            )
             for i, entry in enumerate(parsed.models)
         )
         slices: tuple[Slice, ...] = (Slice(sources),)
@@ -262,6 +292,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
                         _reference(document, source.model, ("slices", i, "sources", j)),
                         source.layer_range,
                         settings(source.parameters, "slices", i, "sources", j),
+                        source.statistics,
                     )
                     for j, source in enumerate(part.sources)
                 ),
@@ -278,7 +309,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
     tokenizer = parsed.tokenizer_source
     if tokenizer == "union":
         raise RecipeError(
-            "E0413",
+            "E0306",
             "vocabularies are not merged; `tokenizer_source: union` is not supported",
             places=_place(document, ("tokenizer_source",)),
             fix="use `base` or the path of one model; their embeddings must have the same shape",
@@ -288,16 +319,27 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         parsed.merge_method,
         base=base,
         parameters=settings(parsed.parameters),
+        init=parsed.init,
         dtype=parsed.out_dtype or parsed.dtype,
         seed=parsed.seed,
         exclude=tuple(parsed.exclude),
         heads=parsed.heads,
         files_from=files_from,
-        tokenizer_from=None if tokenizer in (None, "base") else tokenizer,
+        tokenizer_from=base if tokenizer == "base" else tokenizer,
         title=parsed.name,
         text=text,
         file=file,
+        lines=_setting_lines(document),
     )
+
+
+def _setting_lines(document: Document) -> dict[str, int]:
+    """The first line of every setting, by its name."""
+    lines: dict[str, int] = {}
+    for path, line in document.lines.items():
+        if len(path) >= 2 and path[-2] == "parameters" and isinstance(path[-1], str):
+            lines[path[-1]] = min(line, lines.get(path[-1], line))
+    return lines
 
 
 def _check_name(document: Document, method: str, key: str, path: tuple[str | int, ...]) -> None:

@@ -20,6 +20,7 @@ class ModelEntry(_Strict):
 
     model: ModelName = Field(description="Folder, safetensors file, or id in the local Hugging Face cache.")
     parameters: dict[str, Any] = Field(default={}, description="Settings of this model: weight, density, ...")
+    statistics: StrictStr | None = Field(default=None, description="Statistics file of this model.")
 
 
 class SourceEntry(ModelEntry):
@@ -51,6 +52,7 @@ class RecipeFile(_Strict):
     tokenizer_source: StrictStr | None = Field(
         default=None, description="Whose tokenizer files are taken: base or a model."
     )
+    init: StrictStr | None = Field(default=None, description="Where iterative methods start: a method or a model.")
     seed: StrictInt = Field(default=0, description="Seed of random masks.")
     exclude: list[StrictStr] = Field(
         default=[], description="Patterns of tensors that are copied from the base, not merged."

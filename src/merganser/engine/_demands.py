@@ -1,0 +1,168 @@
+"""What a method asks for beside the models: the base, statistics, an initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from merganser.checkpoint import Checkpoint, FilePool, open_checkpoint
+from merganser.engine._compare import check_shapes
+from merganser.engine._evidence import Evidence, TensorEvidence, check_evidence, open_evidence
+from merganser.engine._init import init_method, is_method
+from merganser.engine._tensor import Input
+from merganser.errors import InputError, Place, RecipeError
+from merganser.methods import Method
+from merganser.recipe import Recipe, Slice, Source, same_model
+from merganser.statistics import TABLES
+
+__all__ = ["Demands", "OpenModels"]
+
+
+class OpenModels:
+    """The models of a merge, each opened once."""
+
+    def __init__(self) -> None:
+        self._pool = FilePool()
+        self._opened: list[tuple[Any, Checkpoint]] = []
+
+    def open(self, model: Any, label: str = "model") -> Checkpoint:
+        """The checkpoint of a model reference; `label` is what messages call it if it is in memory."""
+        for known, checkpoint in self._opened:
+            if same_model(known, model):
+                return checkpoint
+        checkpoint = open_checkpoint(model, label=label, pool=self._pool)
+        self._opened.append((model, checkpoint))
+        return checkpoint
+
+    def everyone(self) -> list[Checkpoint]:
+        """All that were opened, in that order."""
+        return [checkpoint for _, checkpoint in self._opened]
+
+
+class Demands:
+    """Finds for every tensor what its method needs, and says what is missing.
+
+    Attributes:
+        start: the method whose merge is the initialisation.
+        warnings: what the user should know.
+    """
+
+    def __init__(self, recipe: Recipe, method: type[Method], models: OpenModels) -> None:
+        self.start: Method | None = None
+        self.warnings: list[str] = []
+        self._recipe = recipe
+        self._method = method
+        self._models = models
+        self._known: dict[tuple[Method, tuple[float, ...]], frozenset[str]] = {}
+        self._evidence = self._open_evidence()
+        self._weights: Checkpoint | None = None
+        init = method.default_init if recipe.init is None else recipe.init
+        if init is not None and is_method(init):
+            self.start = init_method(init)
+        elif init is not None:
+            self._weights = models.open(init, "init")
+
+    def _open_evidence(self) -> dict[int, Evidence]:
+        """The statistics of every source that has some, by the identity of the source."""
+        opened: dict[int, Evidence] = {}
+        for index, part in enumerate(self._recipe.slices):
+            for number, source in enumerate(part.sources):
+                if source.statistics is not None:
+                    label = f"statistics[{number}]" if index == 0 else f"statistics[{index}, {number}]"
+                    checkpoint = self._models.open(source.model)
+                    opened[id(source)] = open_evidence(source.statistics, label)
+                    check_evidence(opened[id(source)], checkpoint.specs(), checkpoint.label)
+        return opened
+
+    def members(self, part: Slice) -> tuple[Source, ...]:
+        """The sources that count as models: a listed base does not, where the method has a base of its own."""
+        if self._recipe.base is None or self._method.base_is_model:
+            return part.sources
+        members = tuple(s for s in part.sources if not same_model(s.model, self._recipe.base))
+        if len(members) < len(part.sources) and self._recipe.file is None:
+            self.warnings.append("the base is also listed as a model; its task vector is zero and it is left out")
+        if not members:
+            raise RecipeError(
+                "E0308",
+                "the only model is the base itself, so there is nothing to merge into it",
+                places=Place(file=self._recipe.file, key="models"),
+            )
+        return members
+
+    def of(self, method: Method, weights: tuple[float, ...]) -> frozenset[str]:
+        """What the method needs, after its check; once for all tensors with the same options and weights."""
+        key = (method, weights)
+        if key not in self._known:
+            try:
+                method.check(len(weights), weights)
+            except RecipeError as error:
+                raise self._recipe.located(error) from None
+            requires = method.requires(len(weights))
+            if self.start is not None:
+                requires |= self.start.requires(len(weights))
+                self.start.check(len(weights), weights)
+            self._check(method, requires)
+            self._known[key] = requires
+        return self._known[key]
+
+    def _check(self, method: Method, requires: frozenset[str]) -> None:
+        """Refuse a method without the base or the statistics that it needs, and things that it has no use for.
+
+        Raises:
+            RecipeError: E0308, E0305.
+        """
+        recipe = self._recipe
+        if "base" in requires and recipe.base is None:
+            raise RecipeError(
+                "E0308",
+                f"`{method.name}` needs the base model that the others were fine-tuned from",
+                places=Place(file=recipe.file, key="base_model"),
+                fix="give it with --base, `base_model:` or base=",
+            )
+        kinds = requires & set(TABLES)
+        members = [source for part in recipe.slices for source in self.members(part)]
+        if kinds and any(id(source) not in self._evidence for source in members):
+            wanted = "kfac" if kinds == {"gram", "output_gram"} else ",".join(sorted(kinds))
+            raise RecipeError(
+                "E0308",
+                f"`{method.name}` needs statistics of every model: {', '.join(sorted(kinds))}",
+                places=Place(file=recipe.file, key="statistics"),
+                fix=f"collect them (merganser collect MODEL --data FILE --kinds {wanted} -o stats.safetensors), and "
+                "give them with --statistics, `statistics:` or statistics=",
+            )
+        if self._evidence and not kinds:
+            raise RecipeError("E0305", f"`{method.name}` does not use statistics", places=Place(key="statistics"))
+        if recipe.init is not None and method.default_init is None:
+            raise RecipeError("E0305", f"`{method.name}` does not use an initialisation", places=Place(key="init"))
+
+    def statistics(
+        self, sources: Sequence[Source], inputs: Sequence[Input], requires: frozenset[str]
+    ) -> tuple[TensorEvidence, ...]:
+        """The statistics of a tensor, if every model has the kinds that the method needs.
+
+        Raises:
+            InputError: E0418, some models have them and others have not.
+        """
+        kinds = requires & set(TABLES)
+        if not kinds:
+            return ()
+        found = tuple(TensorEvidence(self._evidence[id(s)], i.name) for s, i in zip(sources, inputs, strict=True))
+        having = [kinds <= entry.kinds for entry in found]
+        if any(having) and not all(having):
+            lacking = found[having.index(False)]
+            raise InputError(
+                "E0418",
+                f"statistics ({', '.join(sorted(kinds))}) of `{lacking.name}` are missing in {lacking.evidence.label}, "
+                "but other models have them",
+                places=lacking.place,
+                fix="collect the same kinds from all models",
+            )
+        return found if all(having) else ()
+
+    def init(self, method: Method, first: Input, name: str) -> Input | None:
+        """The tensor to start from, where the user gave weights for that."""
+        if self._weights is None or method.default_init is None:
+            return None
+        start = Input(self._weights, name)
+        check_shapes(name, (first, start))
+        return start

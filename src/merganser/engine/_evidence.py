@@ -1,0 +1,141 @@
+"""Statistics files beside models: which tensors they describe, and whether they fit."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.errors import InputError, Place, suggestion
+from merganser.statistics import TABLES, Statistics
+
+__all__ = ["Evidence", "open_evidence"]
+
+_KEPT = 4
+
+
+class Evidence:
+    """The statistics of one model, of which a few tensors at a time are in memory."""
+
+    def __init__(self, statistics: Statistics, label: str) -> None:
+        self.label = label
+        self.statistics = statistics
+        self._recent: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def kinds(self, name: str) -> frozenset[str]:
+        """The kinds of statistics that there are of a weight."""
+        return frozenset(kind for kind in TABLES if name in self.statistics.table(kind))
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """The shape of a statistic."""
+        return self.statistics.describe(kind, name)[0]
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """A statistic. The last few are kept, because blocks of one tensor ask for the same one."""
+        key = (kind, name)
+        with self._lock:
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                return self._recent[key]
+        value = self.statistics.table(kind)[name]
+        with self._lock:
+            self._recent[key] = value
+            while len(self._recent) > _KEPT:
+                self._recent.popitem(last=False)
+        return value
+
+    def names(self) -> set[str]:
+        """All weights that are described."""
+        return {name for kind in TABLES for name in self.statistics.table(kind)}
+
+
+@dataclass(frozen=True)
+class TensorEvidence:
+    """The statistics of one weight of one model."""
+
+    evidence: Evidence
+    name: str
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Which there are."""
+        return self.evidence.kinds(self.name)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self.name in self.evidence.statistics.transposed
+
+    def numel(self) -> int:
+        """The number of elements of all of them together."""
+        return sum(math.prod(self.evidence.shape(kind, self.name)) for kind in self.kinds)
+
+    @property
+    def place(self) -> Place:
+        """Where they are, for messages."""
+        return Place(file=self.evidence.label, tensor=self.name)
+
+
+def open_evidence(source: Any, label: str) -> Evidence:
+    """The statistics of a model: a file, or a `Statistics`.
+
+    Raises:
+        InputError: E0418, it is neither, or damaged.
+    """
+    if isinstance(source, Statistics):
+        return Evidence(source, label)
+    if isinstance(source, str | os.PathLike):
+        if not Path(source).exists():
+            raise InputError("E0401", f"the statistics file does not exist: {source}", places=Place(file=str(source)))
+        return Evidence(Statistics.load(source), str(source))
+    raise InputError("E0418", f"{label}: statistics are a file or a Statistics, not {type(source).__name__}")
+
+
+def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: str) -> None:
+    """Every statistic must be of a weight of the model, and of its shape.
+
+    Raises:
+        InputError: E0418.
+    """
+    for name in sorted(evidence.names()):
+        place = Place(file=evidence.label, tensor=name)
+        if name not in specs:
+            raise InputError(
+                "E0418",
+                f"the statistics describe `{name}`, which {model} does not have",
+                places=place,
+                why=suggestion(name, specs) if len(specs) <= 5000 else "",
+                fix="use the statistics that were collected from this model",
+            )
+        for kind in sorted(evidence.kinds(name)):
+            found = evidence.shape(kind, name)
+            expected = _expected(kind, specs[name].shape, name in evidence.statistics.transposed)
+            if expected is not None and found not in expected:
+                raise InputError(
+                    "E0418",
+                    f"the {kind} of `{name}` has the shape {list(found)}; the weight's is {list(specs[name].shape)}",
+                    places=place,
+                    fix="use the statistics that were collected from this model",
+                )
+
+
+def _expected(kind: str, shape: Sequence[int], transposed: bool) -> list[tuple[int, ...]] | None:
+    """The shapes that a statistic of a weight may have."""
+    numel = math.prod(shape)
+    if kind == "fisher":
+        return [tuple(shape)]
+    if kind == "block":
+        return [(numel, numel)]
+    if kind == "rows" or len(shape) < 2:
+        return None
+    rows, columns = shape[0], math.prod(shape[1:])
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    return [(inputs, inputs), (rows,)] if kind == "gram" else [(outputs, outputs)]

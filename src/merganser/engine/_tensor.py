@@ -1,0 +1,77 @@
+"""One output tensor: where it comes from and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.checkpoint import Checkpoint
+from merganser.engine._evidence import TensorEvidence
+from merganser.errors import Place
+from merganser.methods import Method
+
+__all__ = ["Input", "TensorPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A tensor of a checkpoint."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def spec(self) -> BlockSpec:
+        """Its shape and type."""
+        return self.checkpoint.specs()[self.name]
+
+    @property
+    def place(self) -> Place:
+        """Where it is, for messages."""
+        return Place(file=self.checkpoint.place_of(self.name), tensor=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """How one output tensor is made: merged by `method` from `inputs`, or copied from the only input.
+
+    Attributes:
+        spec: the output tensor.
+        inputs: the models' tensors.
+        base: the base's.
+        method: None for a copy.
+        weights: one per input.
+        dtype: the compute type.
+        reason: why it is copied.
+        statistics: those of each input; empty unless every input has some.
+        init: the tensor to start from, where the user gave weights for that.
+    """
+
+    spec: BlockSpec
+    inputs: tuple[Input, ...]
+    base: Input | None
+    method: Method | None
+    weights: tuple[float, ...]
+    dtype: torch.dtype
+    reason: str = ""
+    statistics: tuple[TensorEvidence, ...] = ()
+    init: Input | None = None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The statistics that every input has."""
+        return frozenset.intersection(*(s.kinds for s in self.statistics)) if self.statistics else frozenset()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the method needs the tensor as one block."""
+        return self.method is not None and self.method.whole(self.spec, self.kinds)
+
+    def whole_bytes(self) -> int:
+        """Memory for the tensor as one block."""
+        assert self.method is not None
+        buffers = self.method.buffers(len(self.inputs)) + (self.base is not None) + 1
+        elements = self.spec.numel * buffers + self.method.workspace(self.spec, len(self.inputs))
+        elements += sum(entry.numel() for entry in self.statistics)
+        return elements * self.dtype.itemsize + self.spec.nbytes

@@ -1,0 +1,103 @@
+"""What the matching methods share: metrics from statistics, tensors as matrices, and the report of a solve."""
+
+from __future__ import annotations
+
+import math
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec, Role
+from merganser.methods._base import Block
+from merganser.operators import Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Operator
+from merganser.solvers import Solution
+
+__all__ = ["as_matrix", "from_matrix", "matrix_elements", "mean_model", "metric", "report", "rescaled"]
+
+
+def as_matrix(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """The flat block as the weight ``[out, in]`` of a linear map; the inputs of a convolution are its patches."""
+    shape = block.spec.shape
+    if len(shape) < 2:
+        return x
+    matrix = x.view(shape[0], math.prod(shape[1:]))
+    return matrix.mT.contiguous() if block.transposed else matrix
+
+
+def from_matrix(block: Block, matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_matrix`: flat, in the order of the stored tensor."""
+    return (matrix.mT if block.transposed and matrix.dim() == 2 else matrix).reshape(-1)
+
+
+def metric(block: Block, objective: str, index: int) -> Operator | None:
+    """The metric of model `index` on ``as_matrix``, or None where its statistics were not collected.
+
+    ========== ======================================
+    identity   ``I``
+    diagonal   ``diag(F)``
+    gram       ``A (x) I``; none for embeddings, which are averaged as in RegMean and MaTS
+    kfac       ``A (x) G``
+    block      ``F``, d x d
+    lowrank    ``Z'Z / n``
+    ========== ======================================
+    """
+    shape = block.spec.shape
+    if objective == "identity":
+        return Identity.like(as_matrix(block, block.model(index)))
+    if objective == "diagonal":
+        fisher = block.statistic("fisher", index)
+        return None if fisher is None else Diagonal(as_matrix(block, fisher))
+    if objective == "block":
+        matrix = block.statistic("block", index)
+        return None if matrix is None else Dense(matrix, sizes=_sizes(block))
+    if objective == "lowrank":
+        rows = block.statistic("rows", index)
+        return None if rows is None else LowRank(rows / math.sqrt(len(rows)), sizes=_sizes(block))
+    gram = None if block.spec.role is Role.EMBEDDING else block.statistic("gram", index)
+    if gram is None:
+        return None
+    rows_out, columns = shape[0], math.prod(shape[1:])
+    if block.transposed:
+        rows_out, columns = columns, rows_out
+    if objective == "gram":
+        return Gram(gram, rows_out)
+    output = block.statistic("output_gram", index)
+    return None if output is None else Kronecker(gram, output)
+
+
+def _sizes(block: Block) -> tuple[int, ...] | None:
+    shape = block.spec.shape
+    return None if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def mean_model(block: Block) -> torch.Tensor:
+    """``sum_i w_i W_i / sum_i w_i``, in a buffer of its own."""
+    divisor = math.fsum(block.weights)
+    total = block.buffer("mean").zero_()
+    for index, weight in enumerate(block.weights):
+        total.add_(block.model(index, slot=0), alpha=weight / divisor)
+    return total
+
+
+def rescaled(block: Block, merged: torch.Tensor, scale: float) -> torch.Tensor:
+    """``W_0 + scale (W - W_0)``."""
+    return merged if scale == 1 else merged.sub(block.base).mul_(scale).add_(block.base)
+
+
+def report(block: Block, solution: Solution) -> None:
+    """Record how a block's solve ended."""
+    block.report(
+        status=solution.status.value,
+        iterations=solution.iterations,
+        residual=solution.residual,
+        smallest=solution.smallest,
+        largest=solution.largest,
+        ridge=solution.ridge,
+        seconds=round(solution.seconds, 4),
+    )
+
+
+def matrix_elements(spec: BlockSpec, models: int, *, outputs: bool) -> int:
+    """Elements of the square factors of a tensor, of all models: in^2, and out^2 if `outputs`."""
+    if len(spec.shape) < 2:
+        return models * spec.numel * spec.numel
+    rows, columns = spec.shape[0], math.prod(spec.shape[1:])
+    return models * (columns * columns + (rows * rows if outputs else 0))
