@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--mergekit", default="make", help="an interpreter with mergekit, `make`, or `none`")
     parser.add_argument("--mergekit-runs", type=int, default=1)
+    parser.add_argument("--only", nargs="*", help="cases such as average-2 ties-2; all of them by default")
     options = parser.parse_args()
     folder = options.models
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +177,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         for method, count, source in cases:
+            if options.only and (source is not models or f"{method}-{count}" not in options.only):
+                continue
             based = method != "average"
             commands: dict[str, Callable[[Path], list[str]]] = {
                 "cp": lambda out, c=count, b=based, s=source: copy_command(s, c, b, out),  # type: ignore[misc]
@@ -205,7 +208,8 @@ def main() -> None:
                 flush=True,
             )
     for method in ("ties", "dare"):
-        print(f"\n{method} of 2 / average of 2: {net[method, 2] / net['average', 2]:.2f}")
+        if (method, 2) in net and ("average", 2) in net:
+            print(f"\n{method} of 2 / average of 2: {net[method, 2] / net['average', 2]:.2f}")
     print(f"\nplanning 2 models of 50,000 tensors and a base: {planning(folder, 50_000):.2f} s")
 
 

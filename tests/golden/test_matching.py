@@ -13,7 +13,7 @@ from merganser.statistics import Statistics
 from tests.golden.conftest import State, assert_close
 
 Load = Callable[[str], State]
-PLAIN = {"normalize": "none", "damping": 0.0, "preconditioner": "none"}
+PLAIN: dict[str, Any] = {"normalize": "none", "damping": 0.0, "preconditioner": "none"}
 
 
 def part(data: State, prefix: str, dtype: torch.dtype = torch.float64) -> State:

@@ -84,7 +84,9 @@ def statistics_for(method: str, models: int) -> list[Statistics] | None:
 
 def run(models: list[State], method: str, base: State = BASE, **options: Any) -> State:
     """The merge, with the statistics that the method needs."""
-    return mg.merge(models, base=base, method=method, statistics=statistics_for(method, len(models)), **options)
+    known = statistics_for(method, len(models))
+    merged: State = mg.merge(models, base=base, method=method, statistics=known, **options)
+    return merged
 
 
 def tuned(base: State, seed: int, scale: float = 0.1, frozen: str = "") -> State:

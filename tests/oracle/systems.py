@@ -9,13 +9,21 @@ import torch
 
 from merganser.operators import Kronecker, System, normal_equations
 from merganser.solvers import CG
-from tests.oracle.metrics import normal, psd
+from tests.oracle.metrics import SHAPE, Case, D, normal, psd
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, relative to the largest expected entry."""
     assert actual.shape == expected.shape
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-300))
+
+
+def consistent(case: Case, seed: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A right-hand side in the range, an initialisation, and the solution nearest to it."""
+    x0 = normal(seed, *SHAPE)
+    b = (case.matrix @ normal(seed + 1, D)).view(SHAPE)
+    inverse = torch.linalg.pinv(case.matrix, hermitian=True, rtol=1e-12)
+    return b, x0, x0 + (inverse @ (b.view(-1) - case.matrix @ x0.view(-1))).view(SHAPE)
 
 
 @dataclass(frozen=True)

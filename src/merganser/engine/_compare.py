@@ -7,33 +7,10 @@ from collections.abc import Mapping, Sequence
 from merganser.blocks import Role, layer_counts
 from merganser.checkpoint import Checkpoint
 from merganser.engine._tensor import Input
+from merganser.engine._ties import SECOND_NAMES, UNTIEABLE
 from merganser.errors import InputError, Place, escape, nearest
 
 __all__ = ["check_configs", "check_names", "check_shapes", "find_ties", "side_file_warnings"]
-
-_TIED = {
-    "lm_head.weight": (
-        "model.embed_tokens.weight",
-        "model.decoder.embed_tokens.weight",
-        "transformer.wte.weight",
-        "transformer.word_embeddings.weight",
-        "gpt_neox.embed_in.weight",
-        "shared.weight",
-        "model.shared.weight",
-    ),
-    "embed_out.weight": ("gpt_neox.embed_in.weight",),
-    "encoder.embed_tokens.weight": ("shared.weight",),
-    "decoder.embed_tokens.weight": ("shared.weight",),
-    "model.encoder.embed_tokens.weight": ("model.shared.weight",),
-    "model.decoder.embed_tokens.weight": ("model.shared.weight",),
-    "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
-    "cls.predictions.decoder.bias": ("cls.predictions.bias",),
-}
-"""Names under which architectures store a second copy of a tied tensor, and the tensors that count."""
-
-
-_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-"""Second names that a configuration may untie."""
 
 
 def find_ties(
@@ -46,7 +23,9 @@ def find_ties(
 
     Complexity: O(models x tensors).
     """
-    tied = {second for second in _TIED if any(_ties(checkpoint, second, checkpoints) for checkpoint in checkpoints)}
+    tied = {
+        second for second in SECOND_NAMES if any(_ties(checkpoint, second, checkpoints) for checkpoint in checkpoints)
+    }
     result: dict[int, dict[str, str]] = {}
     pairs: list[tuple[Input, Input]] = []
     for checkpoint in checkpoints:
@@ -54,7 +33,7 @@ def find_ties(
         untied = (checkpoint.config or {}).get("tie_word_embeddings") is False
         for second in tied - set(aliases):
             owner = _owner(checkpoint, second)
-            if owner is not None and not (untied and second in _HEADS):
+            if owner is not None and not (untied and second in UNTIEABLE):
                 aliases[second] = owner
                 pairs.append((Input(checkpoint, second), Input(checkpoint, owner)))
         result[id(checkpoint)] = aliases
@@ -64,7 +43,7 @@ def find_ties(
 def _owner(checkpoint: Checkpoint, second: str) -> str | None:
     """The stored tensor that `second` would be a copy of, if it is stored in the same shape."""
     specs = checkpoint.specs()
-    owner = next((name for name in _TIED[second] if name in specs), None)
+    owner = next((name for name in SECOND_NAMES[second] if name in specs), None)
     if owner is None or second not in specs:
         return None
     same = specs[second].shape == specs[owner].shape and specs[second].dtype == specs[owner].dtype
@@ -78,7 +57,7 @@ def _ties(checkpoint: Checkpoint, second: str, checkpoints: Sequence[Checkpoint]
         return False
     declared = (checkpoint.config or {}).get("tie_word_embeddings")
     elsewhere = any(second not in c.specs() and owner in c.specs() for c in checkpoints)
-    return second not in _HEADS or declared is True or (elsewhere and declared is not False)
+    return second not in UNTIEABLE or declared is True or (elsewhere and declared is not False)
 
 
 def check_names(

@@ -13,6 +13,7 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
+from merganser.engine._ties import is_second_name
 from merganser.errors import InputError, Place, suggestion
 from merganser.statistics import TABLES, Statistics
 
@@ -107,6 +108,8 @@ def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: st
     """
     for name in sorted(evidence.names()):
         place = Place(file=evidence.label, tensor=name)
+        if is_second_name(name, specs):
+            continue
         if name not in specs:
             raise InputError(
                 "E0418",

@@ -44,7 +44,7 @@ class Solution:
         x: the merged tensor.
         status: how the solve ended.
         iterations: the number of iterations that changed x.
-        residual: ``||b - A x|| / ||b||``, computed from x itself (with ``||b - A x0||`` below where b is 0).
+        residual: ``||b - A x|| / ||b||``, recomputed from the correction (relative to ``||b - A x0||`` for b = 0).
         history: relative residual norms at 0, 1, ... `iterations`, as the iteration updates them.
         iterates: the tensors after the iterations asked for; after the end they are x.
         smallest: estimate of the smallest eigenvalue that the iteration met (of the preconditioned operator, if it
