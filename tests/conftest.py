@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import Result
+
+# as the command line does: threads of ours run the blocks, and linear algebra gives the same bits every time
+torch.set_num_threads(1)
 
 # the same examples in every run: a failure is one of the change at hand
 settings.register_profile(

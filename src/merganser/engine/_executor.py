@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from merganser._torch import torch
+
 __all__ = ["Executor", "LocalThreads", "available_cores"]
 
 A = TypeVar("A")
@@ -45,7 +47,11 @@ class LocalThreads:
             yield from map(fn, tasks)
             return
         pending: collections.deque[Future[B]] = collections.deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="merganser")
+        # torch passes the number of threads that the application chose to a new thread when that thread asks for it;
+        # linear algebra called before that would use another number, and round differently
+        pool = ThreadPoolExecutor(
+            self.workers, thread_name_prefix="merganser", initializer=lambda: torch.get_num_threads()
+        )
         try:
             for task in tasks:
                 pending.append(pool.submit(fn, task))
