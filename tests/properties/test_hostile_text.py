@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from merganser.checkpoint import open_checkpoint, parse_json
 from merganser.errors import MerganserError, RecipeError, escape
 from merganser.recipe import load_recipe, parse_scalar
-from merganser.recipe._recipe import build_recipe
+from merganser.recipe._load import build_recipe
 from merganser.recipe._schema import RecipeFile, SourceEntry
 from merganser.recipe._yaml import Document, parse_yaml
 from tests.helpers import check_error, llama_config, write_files, write_model

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, _TerminatedError) as stop:
         code = 143 if isinstance(stop, _TerminatedError) else 130
-        print("stopped; nothing was left behind", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return code
     except (BrokenPipeError, SystemExit):  # the parser turns a closed stdout into the second
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

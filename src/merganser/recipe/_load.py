@@ -1,0 +1,231 @@
+"""Recipe files: from YAML to a recipe, with the line of everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merganser.errors import EnvironmentFault, Place, RecipeError, nearest, suggestion
+from merganser.methods import find_method
+from merganser.recipe._recipe import Recipe, Slice, Source
+from merganser.recipe._settings import Parameters, Setting, parse_parameters
+from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
+
+__all__ = ["build_recipe", "load_recipe"]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file: mergekit's grammar and our own keys, strictly.
+
+    Raises:
+        RecipeError: with file, line and key.
+        EnvironmentFault: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise RecipeError("E0301", "the recipe is a folder, not a file", places=Place(file=str(path))) from None
+    except FileNotFoundError:
+        raise RecipeError("E0301", "the recipe file does not exist", places=Place(file=str(path))) from None
+    except OSError as error:
+        raise EnvironmentFault(
+            "E0703", f"the recipe cannot be read: {error.strerror}", places=Place(file=str(path))
+        ) from None
+    return build_recipe(parse_yaml(raw, str(path)), raw.decode("utf-8-sig"))
+
+
+_UNSUPPORTED = {
+    "modules": "merge the modules' folders one by one",
+    "tokenizer": "use `tokenizer_source: base` or a model; vocabularies are not merged",
+    "chat_template": "the template of the parent is copied; edit chat_template.jinja in the output",
+}
+
+
+def build_recipe(document: Document, text: str | None = None) -> Recipe:
+    """A recipe from parsed YAML."""
+    from pydantic import ValidationError
+
+    from merganser.recipe._schema import RecipeFile
+
+    data, file = document.data, document.file
+    if not isinstance(data, dict):
+        raise RecipeError("E0301", "the recipe is not a mapping of keys", places=Place(file=file, line=1))
+    for key, advice in _UNSUPPORTED.items():
+        if key in data:
+            raise RecipeError("E0302", f"the key `{key}` is not supported", places=_place(document, (key,)), fix=advice)
+    try:
+        parsed = RecipeFile.model_validate(data)
+    except ValidationError as error:
+        raise _from_pydantic(document, error.errors()[0]) from None
+    if (parsed.models is None) == (parsed.slices is None):
+        raise RecipeError(
+            "E0303", "a recipe has exactly one of `models` and `slices`", places=Place(file=file, key="models")
+        )
+
+    def settings(raw: Mapping[str, Any], *path: str | int) -> Parameters:
+        result: dict[str, Setting] = {}
+        for key, value in raw.items():
+            result.update(parse_parameters({key: value}, file, document.line((*path, "parameters", key))))
+            _check_name(document, parsed.merge_method, key, (*path, "parameters", key))
+        return result
+
+    try:
+        find_method(parsed.merge_method)
+    except RecipeError as error:
+        raise _located(error, document, ("merge_method",)) from None
+    if parsed.models is not None:
+        sources = tuple(
+            Source(
+                _reference(document, entry.model, ("models", i)),
+                None,
+                settings(entry.parameters, "models", i),
+                entry.statistics,
+            )
+            for i, entry in enumerate(parsed.models)
+        )
+        slices: tuple[Slice, ...] = (Slice(sources),)
+        base = parsed.base_model
+    else:
+        assert parsed.slices is not None
+        slices = tuple(
+            Slice(
+                tuple(
+                    Source(
+                        _reference(document, source.model, ("slices", i, "sources", j)),
+                        source.layer_range,
+                        settings(source.parameters, "slices", i, "sources", j),
+                        source.statistics,
+                    )
+                    for j, source in enumerate(part.sources)
+                ),
+                settings(part.parameters, "slices", i),
+            )
+            for i, part in enumerate(parsed.slices)
+        )
+        bases = [part.base_model for part in parsed.slices if part.base_model is not None]
+        base = parsed.base_model or (bases[0] if bases else None)
+        if any(other != base for other in bases):
+            raise RecipeError("E0310", "the slices name different base models", places=Place(file=file, key="slices"))
+    base = None if base is None else _reference(document, base, ("base_model",))
+    files_from = None if parsed.files_from is None else _reference(document, parsed.files_from, ("files_from",))
+    tokenizer = parsed.tokenizer_source
+    if tokenizer == "union":
+        raise RecipeError(
+            "E0306",
+            "vocabularies are not merged; `tokenizer_source: union` is not supported",
+            places=_place(document, ("tokenizer_source",)),
+            fix="use `base` or the path of one model; their embeddings must have the same shape",
+        )
+    return Recipe(
+        slices,
+        parsed.merge_method,
+        base=base,
+        parameters=settings(parsed.parameters),
+        init=parsed.init,
+        dtype=parsed.out_dtype or parsed.dtype,
+        seed=parsed.seed,
+        exclude=tuple(parsed.exclude),
+        heads=parsed.heads,
+        files_from=files_from,
+        tokenizer_from=base if tokenizer == "base" else tokenizer,
+        title=parsed.name,
+        text=text,
+        file=file,
+        lines=_setting_lines(document),
+    )
+
+
+def _setting_lines(document: Document) -> dict[str, int]:
+    """The first line of every setting, by its name."""
+    lines: dict[str, int] = {}
+    for path, line in document.lines.items():
+        if len(path) >= 2 and path[-2] == "parameters" and isinstance(path[-1], str):
+            lines[path[-1]] = min(line, lines.get(path[-1], line))
+    return lines
+
+
+def _check_name(document: Document, method: str, key: str, path: tuple[str | int, ...]) -> None:
+    """An option name that the method does not have is an error in its own line."""
+    if key == "weight" or not isinstance(method, str):
+        return
+    try:
+        known = find_method(method).options()
+    except RecipeError:
+        return
+    if key == "lambda" or key in known:
+        return
+    fix = "use `weight`" if key == "weights" else suggestion(key, [*known, "weight"])
+    raise RecipeError("E0305", f"`{method}` has no parameter `{key}`", places=_place(document, path), fix=fix)
+
+
+def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> str:
+    """A model as mergekit writes it: a path, or a mapping with the path inside."""
+    node = value
+    while isinstance(node, dict):
+        unknown = set(node) - {"model", "path", "revision", "lora", "override_architecture"}
+        if unknown:
+            raise RecipeError(
+                "E0302", f"unknown key `{sorted(unknown)[0]}` in a model reference", places=_place(document, path)
+            )
+        if node.get("lora") or node.get("override_architecture"):
+            raise RecipeError(
+                "E0302",
+                "adapters and overridden architectures are not supported in a model reference",
+                places=_place(document, path),
+                fix="merge the adapter into its base first, and name the result",
+            )
+        revision = node.get("revision")
+        node = node.get("model", node.get("path"))
+        if revision and isinstance(node, str):
+            node = f"{node}@{revision}"
+    if not isinstance(node, str) or not node:
+        raise RecipeError("E0303", "the model is not named by a path", places=_place(document, path))
+    return node
+
+
+def _place(document: Document, path: tuple[str | int, ...]) -> Place:
+    key = next((str(step) for step in reversed(path) if isinstance(step, str)), None)
+    return Place(file=document.file, key=key, line=document.line(path))
+
+
+def _located(error: RecipeError, document: Document, path: tuple[str | int, ...]) -> RecipeError:
+    return RecipeError(error.code, error.message, places=_place(document, path), why=error.why, fix=error.fix)
+
+
+def _from_pydantic(document: Document, detail: Any) -> RecipeError:
+    path = tuple(step for step in detail["loc"] if not (isinstance(step, str) and step in ("str", "dict[str,any]")))
+    place = _place(document, path)
+    key = str(path[-1]) if path else ""
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(path)
+        close = nearest(key, known)
+        return RecipeError(
+            "E0302",
+            f"the recipe has no key `{key}`" + (" here" if len(path) > 1 else ""),
+            places=place,
+            fix=f"did you mean `{close}`?" if close else f"known keys: {', '.join(sorted(known))}",
+        )
+    if detail["type"] == "missing":
+        return RecipeError(
+            "E0303",
+            f"the key `{key}` is missing",
+            places=Place(file=document.file, key=key, line=document.line(path[:-1])),
+        )
+    return RecipeError("E0303", f"`{key}`: {detail['msg'].lower()}", places=place)
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    from pydantic import BaseModel
+
+    from merganser.recipe._schema import ModelEntry, RecipeFile, SliceEntry, SourceEntry
+
+    words = [step for step in path[:-1] if isinstance(step, str)]
+    table: dict[tuple[str, ...], type[BaseModel]] = {
+        (): RecipeFile,
+        ("models",): ModelEntry,
+        ("slices",): SliceEntry,
+        ("slices", "sources"): SourceEntry,
+    }
+    return list(table.get(tuple(words), RecipeFile).model_fields)
