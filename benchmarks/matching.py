@@ -106,15 +106,16 @@ def solves(system: System, iterations: int) -> list[Callable[[], object]]:
 # --- CPU time ---------------------------------------------------------------------------------------------------------
 
 
-def cpu_seconds(action: Callable[[], object], repeats: int) -> float:
-    """The median CPU time, after one call that is not counted."""
-    action()
-    seconds = []
-    for _ in range(repeats):
-        began = time.process_time()
-        action()
-        seconds.append(time.process_time() - began)
-    return statistics.median(seconds)
+def cpu_seconds(actions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The median CPU times of actions that take turns, after one round that is not counted."""
+    seconds: list[list[float]] = [[] for _ in actions]
+    for turn in range(repeats + 1):
+        for action, own in zip(actions, seconds, strict=True):
+            began = time.process_time()
+            action()
+            if turn:
+                own.append(time.process_time() - began)
+    return [statistics.median(own) for own in seconds]
 
 
 def products_alone(problem: Problem, iterations: int) -> Callable[[], None]:
@@ -157,10 +158,14 @@ def cpu_table(shapes: Sequence[tuple[int, int]], models: int, iterations: int, r
     good = True
     for rows, columns in shapes:
         problem = random_problem(models, rows, columns, "cpu")
-        alone = cpu_seconds(products_alone(problem, iterations), repeats)
-        ours, ekron = (cpu_seconds(run, repeats) for run in solves(problem.system, iterations))
         other = scipy_solver(problem, iterations)
-        theirs = "not installed" if other is None else f"{cpu_seconds(other, repeats) / alone:.2f}"
+        actions = [
+            products_alone(problem, iterations),
+            *solves(problem.system, iterations),
+            *([other] if other else []),
+        ]
+        alone, ours, ekron, *rest = cpu_seconds(actions, repeats)
+        theirs = f"{rest[0] / alone:.2f}" if rest else "not installed"
         print(f"| {rows} x {columns} | {alone:.2f} | {ours / alone:.3f} | {ekron / alone:.3f} | {theirs} |", flush=True)
         good &= ours / alone <= LIMIT_RATIO
     return good
