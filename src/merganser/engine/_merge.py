@@ -88,7 +88,7 @@ def execute(
 
     Raises:
         NumericError: a value that is not finite, in an input or in the result.
-        InputError: an input changed, or tied tensors differ.
+        InputError: an input changed while it was read.
     """
     executor = executor or LocalThreads(plan.threads)
     stream = Stream(
