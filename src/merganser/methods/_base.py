@@ -262,6 +262,7 @@ class Method(ABC):
         arity: least and greatest number of models.
         default_init: the initialisation if the user names none; None for a method that has no use for one.
         base_is_model: whether a base that is also listed among the models counts as one of them.
+        symmetric: whether the order of the models, with their weights and statistics, does not matter.
     """
 
     scale: float = option(1.0, "lambda: multiplies the merged task vector")
@@ -273,6 +274,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     arity: ClassVar[tuple[int, int | None]] = (1, None)
     base_is_model: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
     default_init: ClassVar[str | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:

@@ -61,6 +61,7 @@ class Dare(Method, name="dare"):
         deviations="mergekit rescales by the L1 norm of the tensor (rescale=l1), not 1/(1-p); in PEFT up to 0.18.1 "
         "rescaling has no effect.",
     )
+    symmetric = False
     scope = "model"
     needs = frozenset({"base"})
 

@@ -37,6 +37,7 @@ class Slerp(Method, name="slerp"):
         work=8,
         passes=2,
     )
+    symmetric = False
     arity = (1, 2)
 
     def requires(self, models: int) -> frozenset[str]:
