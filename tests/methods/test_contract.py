@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import merganser as mg
 from merganser.engine import LocalThreads, execute, make_plan
 from merganser.engine._merge import _MemorySink
+from merganser.errors import MerganserError
 from merganser.methods import all_methods
 from merganser.recipe import simple_recipe
 from merganser.statistics import TABLES, Statistics
@@ -210,3 +211,25 @@ def test_float64_stays_float64() -> None:
     for name, value in states[0].items():
         expected = value + 0.3 * ((states[1][name] - value) + (states[2][name] - value))
         assert torch.equal(merged[name], expected)
+
+
+def test_a_method_inside_another() -> None:
+    """Dropping entries of the task vectors, then any method with options of its own."""
+    from_words = run([A, B], "dare", drop_rate=0.5, then="ties", density=0.3, scale=0.7)
+    inside = {"method": "ties", "density": 0.3}
+    from_mapping = run([A, B], "dare", drop_rate=0.5, then=inside, scale=0.7)
+    assert all(torch.allclose(from_words[k], v, rtol=1e-5, atol=1e-6) for k, v in from_mapping.items())
+    kept = run([A, B], "dare", drop_rate=0.0, then={"method": "actmat"})
+    assert all(torch.allclose(kept[k], v, rtol=1e-5, atol=1e-6) for k, v in run([A, B], "actmat").items())
+
+
+def test_a_method_inside_another_brings_its_needs() -> None:
+    statistics = [evidence(BASE, seed) for seed in range(2)]
+    inside = {"method": "mats", "iterations": 3}
+    merged = mg.merge([A, B], base=BASE, method="dare", drop_rate=0.0, then=inside, statistics=statistics)
+    plain = mg.merge([A, B], base=BASE, method="mats", iterations=3, statistics=statistics)
+    assert all(torch.allclose(merged[k], v, rtol=1e-5, atol=1e-6) for k, v in plain.items())
+    with pytest.raises(MerganserError, match="E0308"):
+        run([A, B], "dare", then=inside)
+    with pytest.raises(MerganserError, match=r"in `then`.*no option `iteration`"):
+        run([A, B], "dare", then={"method": "mats", "iteration": 3})

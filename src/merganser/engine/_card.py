@@ -31,8 +31,16 @@ def public_name(reference: Any) -> str:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """The method and all its options, defaults included."""
-    options = {option_name(field): getattr(method, field.name) for field in dataclasses.fields(method)}
+    options = {option_name(field): _plain_value(getattr(method, field.name)) for field in dataclasses.fields(method)}
     return {"name": method.name, "options": options}
+
+
+def _plain_value(value: Any) -> Any:
+    """An option's value; a method inside as the mapping that makes it."""
+    if isinstance(value, Method):
+        inner = describe_method(value)
+        return {"method": inner["name"], **inner["options"]}
+    return value
 
 
 def _models(plan: Plan) -> list[str]:

@@ -56,11 +56,11 @@ class Demands:
         self._known: dict[tuple[Method, tuple[float, ...]], frozenset[str]] = {}
         self._evidence = self._open_evidence()
         self._weights: Checkpoint | None = None
-        init = method.default_init if recipe.init is None else recipe.init
-        if init is not None and is_method(init):
-            self.start = init_method(init)
-        elif init is not None:
-            self._weights = models.open(init, "init")
+        self._used: set[str] = set()
+        if recipe.init is not None and is_method(recipe.init):
+            self.start = init_method(recipe.init)
+        elif recipe.init is not None:
+            self._weights = models.open(recipe.init, "init")
 
     def _open_evidence(self) -> dict[int, Evidence]:
         """The statistics of every source that has some, by the identity of the source."""
@@ -98,9 +98,15 @@ class Demands:
             except RecipeError as error:
                 raise self._recipe.located(error) from None
             requires = method.requires(len(weights))
-            if self.start is not None:
-                requires |= self.start.requires(len(weights))
-                self.start.check(len(weights), weights)
+            self._used |= requires
+            initial = method.initial()
+            if initial is not None:
+                self._used.add("init")
+                if self.start is None and self._weights is None:
+                    self.start = init_method(initial)
+                if self.start is not None:
+                    requires |= self.start.requires(len(weights))
+                    self.start.check(len(weights), weights)
             self._check(method, requires)
             self._known[key] = requires
         return self._known[key]
@@ -130,10 +136,21 @@ class Demands:
                 fix=f"collect them (merganser collect MODEL --data FILE --kinds {wanted} -o stats.safetensors), and "
                 "give them with --statistics, `statistics:` or statistics=",
             )
-        if self._evidence and not kinds:
-            raise RecipeError("E0305", f"`{method.name}` does not use statistics", places=Place(key="statistics"))
-        if recipe.init is not None and method.default_init is None:
-            raise RecipeError("E0305", f"`{method.name}` does not use an initialisation", places=Place(key="init"))
+
+    def check_used(self) -> None:
+        """Refuse statistics and an initialisation that no tensor's method has a use for.
+
+        Raises:
+            RecipeError: E0305.
+        """
+        for given, key, what in (
+            (self._evidence and not self._used & set(TABLES), "statistics", "statistics"),
+            (self._recipe.init is not None and "init" not in self._used, "init", "an initialisation"),
+        ):
+            if given:
+                raise RecipeError(
+                    "E0305", f"`{self._method.name}` does not use {what}", places=Place(file=self._recipe.file, key=key)
+                )
 
     def statistics(
         self, sources: Sequence[Source], inputs: Sequence[Input], requires: frozenset[str]
@@ -161,7 +178,7 @@ class Demands:
 
     def init(self, method: Method, first: Input, name: str) -> Input | None:
         """The tensor to start from, where the user gave weights for that."""
-        if self._weights is None or method.default_init is None:
+        if self._weights is None or method.initial() is None:
             return None
         start = Input(self._weights, name)
         check_shapes(name, (first, start))

@@ -125,7 +125,7 @@ def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
         )
     stream.copy(copies, sink)
     for method, tensors in plan.groups():
-        start = plan.start if method.default_init is not None else None
+        start = plan.start if method.initial() is not None else None
         reports.update(stream.merge(method, tensors, plan.recipe.seed, sink, init=start))
     for checkpoint in plan.checkpoints:
         checkpoint.check_unchanged()

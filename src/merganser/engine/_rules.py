@@ -97,6 +97,7 @@ class TensorRules:
             self.warnings.extend(check_names(reference, participants, kept))
             result.extend(self._whole(kept[id(reference)], participants))
         self._check_filters(result)
+        self.demands.check_used()
         return result
 
     def _own_names(self, checkpoint: Checkpoint) -> Iterator[str]:

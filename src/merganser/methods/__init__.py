@@ -1,13 +1,15 @@
 """The merge methods, one file each, and the registry that knows them by name."""
 
 from merganser.methods._base import About, Block, BlockKey, Context, Method, TransformedBlock, TransformedContext
-from merganser.methods._options import option, option_info, option_name, per_model
+from merganser.methods._compose import Composed
+from merganser.methods._options import method_option, option, option_info, option_name, per_model
 from merganser.methods._registry import all_methods, create_method, find_method
 
 __all__ = [
     "About",
     "Block",
     "BlockKey",
+    "Composed",
     "Context",
     "Method",
     "TransformedBlock",
@@ -15,6 +17,7 @@ __all__ = [
     "all_methods",
     "create_method",
     "find_method",
+    "method_option",
     "option",
     "option_info",
     "option_name",

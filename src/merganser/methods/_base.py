@@ -295,6 +295,10 @@ class Method(ABC):
         """What this method needs with these options and that many models: ``base``, ..."""
         return self.needs
 
+    def initial(self) -> str | None:
+        """The initialisation if the user names none; None for a method that has no use for one."""
+        return self.default_init
+
     def passes(self) -> int:
         """How often every weight is read with these options."""
         return self.about.passes

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merganser.errors import Place, RecipeError
 
-__all__ = ["OptionInfo", "check_options", "option", "option_info", "option_name", "per_model"]
+__all__ = ["OptionInfo", "check_options", "method_option", "option", "option_info", "option_name", "per_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class OptionInfo:
         le: closed upper bound.
         choices: the allowed words.
         per_model: whether a list with one value per model is allowed.
+        method: whether the value is a merge method, beside the allowed words.
     """
 
     help: str
@@ -35,10 +36,13 @@ class OptionInfo:
     le: float | None = None
     choices: tuple[str, ...] = ()
     per_model: bool = False
+    method: bool = False
 
     @property
     def bounds(self) -> str:
         """The allowed values as text."""
+        if self.method:
+            return ", ".join((*self.choices, "a method, `{method: NAME, ...options}`"))
         if self.choices:
             return ", ".join(self.choices)
         low = f"({self.gt:g}" if self.gt is not None else f"[{self.ge:g}" if self.ge is not None else "(-inf"
@@ -59,6 +63,18 @@ def option(
 ) -> Any:
     """A dataclass field that is an option of a method; its kind is that of the default."""
     info = OptionInfo(help, gt, ge, lt, le, tuple(choices), per_model)
+    return dataclasses.field(default=default, metadata={"option": info})
+
+
+def method_option(default: str, help: str, *, choices: Sequence[str] = ()) -> Any:  # noqa: A002
+    """A dataclass field whose value is a merge method: its name, ``{"method": name, **options}``, or an object.
+
+    Args:
+        default: a registry name, or one of `choices`.
+        help: one line.
+        choices: words that the method itself gives a meaning; they stay words, everything else becomes a `Method`.
+    """
+    info = OptionInfo(help, choices=tuple(choices), method=True)
     return dataclasses.field(default=default, metadata={"option": info})
 
 
@@ -104,6 +120,8 @@ def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: 
 
     if value is None and field.default is None:
         return None
+    if info.method:
+        return _method(method, field, info, value)
     if info.choices:
         if value not in info.choices:
             raise wrong(f"one of {', '.join(info.choices)}")
@@ -126,3 +144,32 @@ def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: 
     if outside:
         raise wrong(f"in {info.bounds}")
     return int(value) if whole else float(value)
+
+
+def _method(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: Any) -> Any:
+    """The method that an option names, with its options.
+
+    Raises:
+        RecipeError: E0304 to E0306, there is no such method or option; its place is this option.
+    """
+    from merganser.methods._base import Method
+    from merganser.methods._registry import create_method
+
+    name = option_name(field)
+    if isinstance(value, Method) or (isinstance(value, str) and value in info.choices):
+        return value
+    options: Mapping[str, Any] = {}
+    if isinstance(value, Mapping) and isinstance(value.get("method"), str):
+        value, options = value["method"], {key: item for key, item in value.items() if key != "method"}
+    if not isinstance(value, str):
+        raise RecipeError(
+            "E0306",
+            f"option `{name}` of `{method.name}` is {value!r}; it must be {info.bounds}",
+            places=Place(key=name),
+        )
+    try:
+        return create_method(value, options)
+    except RecipeError as error:
+        raise RecipeError(
+            error.code, f"in `{name}`: {error.message}", places=Place(key=name), why=error.why, fix=error.fix
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merganser import kernels
@@ -18,7 +18,9 @@ from merganser.methods._base import (
     TransformedBlock,
     TransformedContext,
 )
-from merganser.methods._options import option, per_model
+from merganser.methods._compose import Composed
+from merganser.methods._matching import rescaled
+from merganser.methods._options import method_option, option, per_model
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.methods.ties import Ties
 
@@ -32,14 +34,15 @@ class _DareState:
 
 
 @dataclass(frozen=True)
-class Dare(Method, name="dare"):
+class Dare(Composed, name="dare"):
     """``t_i' = m_i t_i / (1 - p)`` with a random mask ``m_i`` that drops each entry with probability p, then a merge.
 
     Masks are counter-based: entry p of a tensor is kept or dropped by (seed, model, tensor name, p) alone, so that
     blocks, shards and threads do not change them. ``rescale="l1"`` multiplies by ``||t||_1 / ||m t||_1`` of the
     tensor instead, as mergekit does. ``drop_rate=1`` returns the base.
 
-    The second stage sees the task vectors t_i': their sum (``task_arithmetic``), TIES with `density`, or their mean.
+    The second stage sees the task vectors t_i': their sum (``task_arithmetic``), TIES with `density`, their mean, or
+    any other method with options of its own, ``{"method": name, ...}``; `scale` then multiplies what that returns.
     """
 
     drop_rate: float = option(0.9, "probability p that an entry is dropped", ge=0.0, le=1.0, per_model=True)
@@ -48,7 +51,9 @@ class Dare(Method, name="dare"):
         "divide by 1 - p, keep the L1 norm of the tensor, or neither",
         choices=("expectation", "l1", "none"),
     )
-    then: str = option("task_arithmetic", "the second stage", choices=("task_arithmetic", "ties", "average"))
+    then: str | Method = method_option(
+        "task_arithmetic", "the second stage", choices=("task_arithmetic", "ties", "average")
+    )
     density: float = option(0.2, "for then=ties: share that is kept", gt=0.0, le=1.0, per_model=True)
 
     about = About(
@@ -65,20 +70,19 @@ class Dare(Method, name="dare"):
     scope = "model"
     needs = frozenset({"base"})
 
-    def check(self, models: int, weights: Sequence[float]) -> None:
-        """Also what the second stage asks for."""
-        super().check(models, weights)
-        self._second().check(models, weights)
-
     def passes(self) -> int:
         """Those of the second stage, and one for the L1 norms."""
-        return self._second().passes() + (self.rescale == "l1")
+        return self.inner.passes() + (self.rescale == "l1")
 
     def buffers(self, models: int) -> int:
         """Those of the second stage, and one for the masks."""
-        return self._second().buffers(models) + 1
+        return self.inner.buffers(models) + 1
 
-    def _second(self) -> Method:
+    @property
+    def inner(self) -> Method:
+        """The second stage."""
+        if isinstance(self.then, Method):
+            return self.then
         if self.then == "ties":
             return Ties(scale=self.scale, density=self.density)
         return TaskArithmetic(scale=self.scale, normalize=self.then == "average")
@@ -90,7 +94,7 @@ class Dare(Method, name="dare"):
         def transform(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
             return self._drop(block, index, delta).mul_(factors[block.key.name][index])
 
-        return _DareState(transform, self._second().prepare(TransformedContext(context, transform)))
+        return _DareState(transform, self.inner.prepare(TransformedContext(context, transform)))
 
     def _drop(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
         rate, key = per_model(self.drop_rate, index), block.key
@@ -119,9 +123,10 @@ class Dare(Method, name="dare"):
 
     def merge(self, block: Block, state: _DareState) -> torch.Tensor:
         """The second stage on the dropped and rescaled task vectors."""
-        return self._second().merge(TransformedBlock(block, state.transform), state.inner)
+        merged = self.inner.merge(TransformedBlock(block, state.transform), state.inner)
+        return rescaled(block, merged, self.scale) if isinstance(self.then, Method) else merged
 
     def review(self, state: _DareState, notes: Mapping[str, int]) -> _DareState | None:
         """What the second stage says."""
-        inner = self._second().review(state.inner, notes)
+        inner = self.inner.review(state.inner, notes)
         return None if inner is None else _DareState(state.transform, inner)

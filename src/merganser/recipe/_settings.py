@@ -46,9 +46,9 @@ def constant(values: Mapping[str, Any]) -> Parameters:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """A list that is a value of its own (one number per model), not a gradient."""
+    """A list or mapping that is a value of its own (one number per model, a method), not a gradient."""
 
-    values: Sequence[Any]
+    values: Sequence[Any] | Mapping[str, Any]
 
 
 def _gradient(values: Sequence[Any], position: float) -> Any:
@@ -93,8 +93,10 @@ def parse_parameters(raw: Any, file: str, line: int | None = None) -> Parameters
 
     result = {}
     for key, item in raw.items():
-        if isinstance(item, dict):
-            entries: tuple[tuple[str | None, Any], ...] = (entry(key, item),)
+        if isinstance(item, dict) and "method" in item:
+            entries: tuple[tuple[str | None, Any], ...] = ((None, _Fixed(item)),)
+        elif isinstance(item, dict):
+            entries = (entry(key, item),)
         elif isinstance(item, list) and item and all(isinstance(v, dict) for v in item):
             entries = tuple(entry(key, v) for v in item)
         else:
@@ -105,4 +107,6 @@ def parse_parameters(raw: Any, file: str, line: int | None = None) -> Parameters
 
 def unwrap(value: Any) -> Any:
     """The value itself, where it was a fixed list."""
-    return tuple(value.values) if isinstance(value, _Fixed) else value
+    if not isinstance(value, _Fixed):
+        return value
+    return value.values if isinstance(value.values, Mapping) else tuple(value.values)
