@@ -68,6 +68,7 @@ def lock_data(plan: Plan, warnings: list[str], seconds: float) -> dict[str, Any]
             ],
             "seed": plan.recipe.seed,
             "dtype": plan.dtype_name(),
+            "outputs": list(plan.outputs),
             "exclude": list(plan.recipe.exclude),
             "heads": _public_heads(plan.recipe.heads),
         },

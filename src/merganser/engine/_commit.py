@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -30,7 +31,7 @@ from merganser.checkpoint import (
 )
 from merganser.engine._card import lock_data, model_card
 from merganser.engine._plan import Plan
-from merganser.errors import EnvironmentFault, InputError, Place, ResourceError
+from merganser.errors import EnvironmentFault, InputError, Place, ResourceError, UsageError
 
 __all__ = ["FolderOutput", "check_output"]
 
@@ -129,6 +130,7 @@ def _existing_parent(path: Path) -> Path:
 class FolderOutput:
     """A sink that writes a model folder, or a single ``.safetensors`` file, and commits it by a rename.
 
+    Where the plan has several outputs, the folder holds a model folder for each, and one lock file.
     Use it as a context manager: leaving it without `commit` removes everything that was written.
     """
 
@@ -137,6 +139,14 @@ class FolderOutput:
         self._plan = plan
         self._overwrite = overwrite
         self._single = out.suffix == ".safetensors"
+        self._parts = _parts(plan)
+        if self._single and len(self._parts) > 1:
+            raise UsageError(
+                "E0201",
+                f"the method returns {len(self._parts)} models, which one file cannot hold",
+                places=Place(file=str(out)),
+                fix="name a folder as the output",
+            )
         shards = lay_out((t.spec for t in plan.tensors), plan.bytes_written + 1 if self._single else shard_bytes)
         self._shards = shards
         self._of = {name: shard.file for shard in shards for name in shard.specs}
@@ -144,7 +154,7 @@ class FolderOutput:
         self._lock = self._out.with_name(_shortened(f".{self._out.name}.merganser-lock"))
         self._lock_fd = -1
         self._made: list[Path] = []
-        self._writers: dict[str, ShardWriter] = {}
+        self._writers: dict[tuple[str, str], ShardWriter] = {}
 
     def _beside(self, kind: str) -> Path:
         return self._out.with_name(_shortened(f"{self._out.name}.{kind}-{secrets.token_hex(4)}"))
@@ -162,9 +172,11 @@ class FolderOutput:
                 "E0701", f"the output cannot be created: {error.strerror}", places=Place(file=str(self._out))
             ) from None
         try:
-            for shard in self._shards:
-                keep_open = len(self._shards) <= _OPEN_FILES
-                self._writers[shard.file] = ShardWriter(self._partial, shard, keep_open=keep_open)
+            keep_open = len(self._shards) * len(self._parts) <= _OPEN_FILES
+            for part in self._parts:
+                (self._partial / part).mkdir(exist_ok=True)
+                for shard in self._shards:
+                    self._writers[part, shard.file] = ShardWriter(self._partial / part, shard, keep_open=keep_open)
         except BaseException:
             self._discard()
             raise
@@ -203,9 +215,10 @@ class FolderOutput:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def write(self, name: str, start: int, piece: torch.Tensor) -> None:
+    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
         """Write consecutive elements of a tensor."""
-        self._writers[self._of[name]].write(name, start, piece)
+        for part in self._parts if output is None else (self._parts[output],):
+            self._writers[part, self._of[name]].write(name, start, piece)
 
     def commit(self, warnings: Sequence[str], seconds: float) -> list[str]:
         """Finish the folder and rename it to its place.
@@ -221,9 +234,12 @@ class FolderOutput:
             self._rename(self._partial / self._shards[0].file)
             return notes
         plan = self._plan
-        if len(self._shards) > 1:
-            self._json("model.safetensors.index.json", index_of(self._shards))
-        self._carry(notes)
+        card = model_card(plan)
+        for part in self._parts:
+            if len(self._shards) > 1:
+                self._json(f"{part}model.safetensors.index.json", index_of(self._shards))
+            self._carry(part)
+            self._text(f"{part}README.md", card)
         config: dict[str, Any] | None = None
         if plan.donor.config is not None:
             labels = None if plan.head_donor is None else plan.head_donor.config
@@ -232,12 +248,12 @@ class FolderOutput:
                 notes.append(f"removed from config.json: {', '.join(edit.removed)}")
             if edit.suspects:
                 notes.append(f"the number of layers changed; check in config.json: {', '.join(edit.suspects)}")
-        self._text("README.md", model_card(plan))
-        last = [LOCK_FILE] if config is None else [LOCK_FILE, "config.json"]
+        configs = [] if config is None else [f"{part}config.json" for part in self._parts]
+        last = [LOCK_FILE, *configs]
         files = sorted(str(p.relative_to(self._partial)) for p in self._partial.rglob("*") if p.is_file())
         self._json(LOCK_FILE, lock_data(plan, [*warnings, *notes], seconds) | {"files": sorted({*files, *last})})
-        if config is not None:
-            self._json("config.json", config)
+        for name in configs:
+            self._json(name, config)
         self._rename(self._partial)
         return notes
 
@@ -245,26 +261,27 @@ class FolderOutput:
         """Read the headers back with the reference library."""
         from safetensors import safe_open
 
-        for shard in self._shards:
-            with safe_open(self._partial / shard.file, framework="numpy") as file:
+        for part, shard in itertools.product(self._parts, self._shards):
+            with safe_open(self._partial / part / shard.file, framework="numpy") as file:
                 if set(file.keys()) != set(shard.specs):
                     raise InputError(
                         "E0402", "the written file does not hold the tensors", places=Place(file=shard.file)
                     )
 
-    def _carry(self, notes: list[str]) -> None:
+    def _carry(self, part: str) -> None:
+        """Copy tokenizer, licences and other side files into the model folder `part`."""
         plan = self._plan
         if plan.donor.folder is not None:
             for relative, path in (*side_files(plan.donor.folder, "model"), *side_files(plan.donor.folder, "licence")):
-                self._copy(relative, path)
+                self._copy(part + relative, path)
         if plan.tokenizer.folder is not None:
             for relative, path in side_files(plan.tokenizer.folder, "tokenizer"):
-                self._copy(relative, path)
+                self._copy(part + relative, path)
         names = _distinct_names(plan.checkpoints)
         for checkpoint in plan.checkpoints:
             if checkpoint.folder is not None and checkpoint is not plan.donor:
                 for relative, path in side_files(checkpoint.folder, "licence"):
-                    self._copy(f"licenses/{names[id(checkpoint)]}/{relative}", path)
+                    self._copy(f"{part}licenses/{names[id(checkpoint)]}/{relative}", path)
 
     def _copy(self, relative: str, path: Path) -> None:
         target = self._partial / relative
@@ -317,18 +334,30 @@ class FolderOutput:
 
 def _distinct_names(checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
     """A folder name for every parent, numbered where two have the same."""
-    taken: set[str] = set()
-    names: dict[int, str] = {}
-    for checkpoint in checkpoints:
-        if checkpoint.folder is None:
-            continue
-        stem = name = checkpoint.folder.resolve().name or "model"
-        number = 2
-        while name in taken:
+    known = [(id(c), c.folder.resolve().name or "model") for c in checkpoints if c.folder is not None]
+    return dict(zip((key for key, _ in known), _numbered([stem for _, stem in known]), strict=True))
+
+
+def _numbered(stems: Sequence[str]) -> list[str]:
+    """The names, with numbers behind those that come again."""
+    names: list[str] = []
+    for stem in stems:
+        name, number = stem, 2
+        while name in names:
             name, number = f"{stem}-{number}", number + 1
-        taken.add(name)
-        names[id(checkpoint)] = name
+        names.append(name)
     return names
+
+
+def _parts(plan: Plan) -> tuple[str, ...]:
+    """The prefix of every output's files: none for one model, else a folder by the model's name or the output's key."""
+    if not plan.outputs:
+        return ("",)
+    if not plan.one_per_model:
+        return tuple(f"{key}/" for key in plan.outputs)
+    inputs = next(tensor.inputs for tensor in plan.tensors if tensor.method is not None)
+    folders = [source.checkpoint.folder for source in inputs]
+    return tuple(f"{name}/" for name in _numbered([f.resolve().name if f else "model" for f in folders]))
 
 
 def _shortened(name: str) -> str:

@@ -18,7 +18,7 @@ from merganser.errors import EnvironmentFault, escape
 from merganser.methods import Method
 from merganser.recipe import simple_recipe
 
-__all__ = ["DEFAULT_SHARD", "Outcome", "execute", "merge", "save", "to_memory"]
+__all__ = ["DEFAULT_SHARD", "Outcome", "all_to_memory", "execute", "merge", "save", "to_memory"]
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -54,14 +54,23 @@ class Findings:
 
 
 class _MemorySink:
-    """Collects a state dict."""
+    """Collects state dicts, one for each output of the plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self.tensors = {t.spec.name: torch.empty(t.spec.shape, dtype=t.spec.dtype) for t in plan.tensors}
+        specs = [tensor.spec for tensor in plan.tensors]
+        self.outputs = [
+            {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs} for _ in plan.outputs or (0,)
+        ]
 
-    def write(self, name: str, start: int, piece: torch.Tensor) -> None:
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The first output."""
+        return self.outputs[0]
+
+    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
         """Take consecutive elements."""
-        self.tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
+        for tensors in self.outputs if output is None else (self.outputs[output],):
+            tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
 
 
 def execute(
@@ -227,7 +236,7 @@ def merge(
     device: str | torch.device | None = None,
     out: str | os.PathLike[str] | None = None,
     **options: Any,
-) -> dict[str, torch.Tensor] | Path:
+) -> Any:
     """Merge models.
 
     Args:
@@ -245,7 +254,8 @@ def merge(
         **options: options of the method, checked at once.
 
     Returns:
-        The merged state dict, or the path `out`.
+        The merged state dict, or the path `out`. Methods with several results return a list with one state dict per
+        model (`emr`), or a dict of them (`mats` with `keep`, by iteration); in `out` each has a folder of its own.
 
     Raises:
         MerganserError: with a code, the place, the cause and a fix.
@@ -266,15 +276,25 @@ def merge(
     plan = make_plan(recipe, max_memory=DEFAULT_MEMORY)
     if out is not None:
         return save(plan, out, device=device).out
-    return to_memory(plan, device=device)
+    if not plan.outputs:
+        return to_memory(plan, device=device)
+    several = all_to_memory(plan, device=device)
+    return several if plan.one_per_model else dict(zip(plan.outputs, several, strict=True))
 
 
 def to_memory(plan: Plan, **run: Any) -> dict[str, torch.Tensor]:
-    """Carry out a plan into a state dict; tied names share one tensor."""
+    """Carry out a plan with one output into a state dict; tied names share one tensor."""
+    (state,) = all_to_memory(plan, **run)
+    return state
+
+
+def all_to_memory(plan: Plan, **run: Any) -> list[dict[str, torch.Tensor]]:
+    """Carry out a plan into a state dict for each of its outputs; tied names share one tensor."""
     sink = _MemorySink(plan)
     execute(plan, sink, **run)
-    result = dict(sink.tensors)
-    for alias, owner in plan.aliases.items():
-        result[alias] = result[owner]
     order = {name: i for i, name in enumerate(plan.donor.specs())}
-    return dict(sorted(result.items(), key=lambda item: order.get(item[0], len(order))))
+    results = []
+    for tensors in sink.outputs:
+        result = tensors | {alias: tensors[owner] for alias, owner in plan.aliases.items()}
+        results.append(dict(sorted(result.items(), key=lambda item: order.get(item[0], len(order)))))
+    return results

@@ -45,6 +45,8 @@ class Plan:
         head_donor: the model whose head is kept, if it is named.
         start: the method whose merge is the initialisation, for methods that need one.
         ties: pairs of tensors that must be equal, because only one of them is merged.
+        outputs: keys of the merged models, where the method returns several.
+        one_per_model: whether these belong to the models, in their order.
         warnings: everything that the user should know.
         threads: worker threads.
         block_elements: elements per block.
@@ -67,6 +69,8 @@ class Plan:
     head_donor: Checkpoint | None
     start: Method | None
     ties: tuple[tuple[Input, Input], ...]
+    outputs: tuple[int, ...]
+    one_per_model: bool
     warnings: tuple[str, ...]
     threads: int
     block_elements: int
@@ -190,7 +194,8 @@ class _Planner:
         warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
         block, peak = _memory(tensors, self.threads, self.max_memory)
         read = _bytes_read(tensors) + sum(a.spec.nbytes + b.spec.nbytes for a, b in ties)
-        written = sum(tensor.spec.nbytes for tensor in tensors)
+        outputs = _outputs(tensors)
+        written = sum(tensor.spec.nbytes for tensor in tensors) * max(1, len(outputs))
         made = {tensor.spec.name for tensor in tensors}
         return Plan(
             recipe=recipe,
@@ -204,6 +209,8 @@ class _Planner:
             head_donor=rules.head_donor,
             start=rules.demands.start,
             ties=tuple(ties),
+            outputs=outputs,
+            one_per_model=method.one_per_model,
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
@@ -214,6 +221,19 @@ class _Planner:
             peak_memory=peak,
             seconds=predict_seconds(tensors, read, written, self.threads),
         )
+
+
+def _outputs(tensors: Sequence[TensorPlan]) -> tuple[int, ...]:
+    """The keys of several results, on which all methods of a recipe that return several must agree.
+
+    Raises:
+        RecipeError: E0306.
+    """
+    found = {t.method.outputs(len(t.inputs)): t for t in tensors if t.method is not None}
+    found.pop((), None)
+    if len(found) > 1:
+        raise RecipeError("E0306", f"the tensors would have different results: {', '.join(map(str, sorted(found)))}")
+    return next(iter(found), ())
 
 
 def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[int, int]:

@@ -23,8 +23,15 @@ T = TypeVar("T")
 class Sink(Protocol):
     """Where merged elements go."""
 
-    def write(self, name: str, start: int, piece: torch.Tensor) -> None:
-        """Take consecutive elements of the flattened tensor, from element `start` on."""
+    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
+        """Take consecutive elements of the flattened tensor, from element `start` on.
+
+        Args:
+            name: the tensor.
+            start: the first element.
+            piece: the elements; they are to be copied.
+            output: the index of the output that they belong to; None for all.
+        """
         ...
 
 
@@ -149,7 +156,9 @@ class Stream:
             for key in task:
                 block = StreamBlock(self.reader, tensors[key.name], key, seed)
                 block.start = start
-                self._write(sink, block.spec, key, method.merge(block, state))
+                merged = method.results(block, state)
+                for index, values in enumerate(merged):
+                    self._write(sink, block.spec, key, values, index if len(merged) > 1 else None)
                 notes.update(block.notes)
                 if block.figures:
                     reports[key.name] = block.figures
@@ -202,7 +211,9 @@ class Stream:
                     yield a, b
                     break
 
-    def _write(self, sink: Sink, spec: BlockSpec, key: BlockKey, values: torch.Tensor) -> None:
+    def _write(
+        self, sink: Sink, spec: BlockSpec, key: BlockKey, values: torch.Tensor, output: int | None = None
+    ) -> None:
         """Round the merged elements to the output type, piece by piece, and write them if they are finite."""
         values = values.reshape(-1)
         for first in range(0, values.numel(), PIECE):
@@ -219,4 +230,4 @@ class Stream:
                     why=f"the result exceeds the range of {str(spec.dtype).removeprefix('torch.')}",
                     fix="use dtype bfloat16 or float32, or a smaller scale",
                 )
-            sink.write(spec.name, key.start + first, piece)
+            sink.write(spec.name, key.start + first, piece, output)

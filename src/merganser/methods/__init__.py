@@ -2,7 +2,7 @@
 
 from merganser.methods._base import About, Block, BlockKey, Context, Method, TransformedBlock, TransformedContext
 from merganser.methods._compose import Composed
-from merganser.methods._options import method_option, option, option_info, option_name, per_model
+from merganser.methods._options import list_option, method_option, option, option_info, option_name, per_model
 from merganser.methods._registry import all_methods, create_method, find_method
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "all_methods",
     "create_method",
     "find_method",
+    "list_option",
     "method_option",
     "option",
     "option_info",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import MerganserError, Place, RecipeError
-from merganser.methods._options import check_options, option, option_name
+from merganser.methods._options import check_options, option, option_info, option_name
 
 __all__ = ["About", "Block", "BlockKey", "Context", "Method", "Transform", "TransformedBlock", "TransformedContext"]
 
@@ -263,6 +263,7 @@ class Method(ABC):
         default_init: the initialisation if the user names none; None for a method that has no use for one.
         base_is_model: whether a base that is also listed among the models counts as one of them.
         symmetric: whether the order of the models, with their weights and statistics, does not matter.
+        one_per_model: whether its several `outputs` belong to the models, in their order.
     """
 
     scale: float = option(1.0, "lambda: multiplies the merged task vector")
@@ -275,6 +276,7 @@ class Method(ABC):
     arity: ClassVar[tuple[int, int | None]] = (1, None)
     base_is_model: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
+    one_per_model: ClassVar[bool] = False
     default_init: ClassVar[str | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -298,6 +300,10 @@ class Method(ABC):
     def initial(self) -> str | None:
         """The initialisation if the user names none; None for a method that has no use for one."""
         return self.default_init
+
+    def outputs(self, models: int) -> tuple[int, ...]:
+        """Keys of the merged models, where there are several; empty for one."""
+        return ()
 
     def passes(self) -> int:
         """How often every weight is read with these options."""
@@ -333,7 +339,7 @@ class Method(ABC):
             raise RecipeError("E0308", f"`{self.name}` merges {wanted} model{plural}, {models} given")
         for name, field in self.options().items():
             value = getattr(self, field.name)
-            if isinstance(value, tuple) and len(value) != models:
+            if isinstance(value, tuple) and option_info(field).per_model and len(value) != models:
                 raise RecipeError(
                     "E0306", f"option `{name}` has {len(value)} values for {models} models", places=Place(key=name)
                 )
@@ -349,6 +355,10 @@ class Method(ABC):
     @abstractmethod
     def merge(self, block: Block, state: State) -> torch.Tensor:
         """The merged elements of one block, in the compute type."""
+
+    def results(self, block: Block, state: State) -> Sequence[torch.Tensor]:
+        """The merged elements of one block for each of `outputs`, or one tensor that is the same in all."""
+        return (self.merge(block, state),)
 
     def review(self, state: State, notes: Mapping[str, int]) -> State | None:
         """After the merge: None if every block stands, or the state with which the doubted ones are merged again."""

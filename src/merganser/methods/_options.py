@@ -10,7 +10,16 @@ from typing import Any
 
 from merganser.errors import Place, RecipeError
 
-__all__ = ["OptionInfo", "check_options", "method_option", "option", "option_info", "option_name", "per_model"]
+__all__ = [
+    "OptionInfo",
+    "check_options",
+    "list_option",
+    "method_option",
+    "option",
+    "option_info",
+    "option_name",
+    "per_model",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,8 @@ class OptionInfo:
         choices: the allowed words.
         per_model: whether a list with one value per model is allowed.
         method: whether the value is a merge method, beside the allowed words.
+        many: whether the value is a list of any length.
+        whole: whether the items of such a list are whole numbers.
     """
 
     help: str
@@ -37,6 +48,8 @@ class OptionInfo:
     choices: tuple[str, ...] = ()
     per_model: bool = False
     method: bool = False
+    many: bool = False
+    whole: bool = False
 
     @property
     def bounds(self) -> str:
@@ -63,6 +76,19 @@ def option(
 ) -> Any:
     """A dataclass field that is an option of a method; its kind is that of the default."""
     info = OptionInfo(help, gt, ge, lt, le, tuple(choices), per_model)
+    return dataclasses.field(default=default, metadata={"option": info})
+
+
+def list_option(
+    default: tuple[float, ...],
+    help: str,  # noqa: A002
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    whole: bool = True,
+) -> Any:
+    """A dataclass field whose value is a list of numbers of any length; whole ones by default."""
+    info = OptionInfo(help, gt, ge, many=True, whole=whole)
     return dataclasses.field(default=default, metadata={"option": info})
 
 
@@ -103,8 +129,11 @@ def check_options(method: Any) -> None:
     for field in dataclasses.fields(method):
         info = option_info(field)
         value = getattr(method, field.name)
-        if info.per_model and isinstance(value, list | tuple):
-            checked: Any = tuple(_check(method, field, info, item) for item in value)
+        if info.many:
+            items = value if isinstance(value, list | tuple) else (value,)
+            checked: Any = tuple(_check(method, field, info, item) for item in items)
+        elif info.per_model and isinstance(value, list | tuple):
+            checked = tuple(_check(method, field, info, item) for item in value)
         else:
             checked = _check(method, field, info, value)
         object.__setattr__(method, field.name, checked)
@@ -130,7 +159,7 @@ def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: 
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
-    whole = isinstance(field.default, int)
+    whole = info.whole if info.many else isinstance(field.default, int)
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
         raise wrong("a whole number" if whole else "a number")
     if not math.isfinite(value):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
+from merganser.errors import Place, RecipeError
 from merganser.methods._base import About, Block, Method, State, check_normalisable
 from merganser.methods._matching import (
     as_matrix,
@@ -18,7 +19,7 @@ from merganser.methods._matching import (
     report,
     rescaled,
 )
-from merganser.methods._options import option
+from merganser.methods._options import list_option, option
 from merganser.operators import Operator, normal_equations
 from merganser.solvers import CG, Direct, EKron, Jacobi, Preconditioner, Solver
 
@@ -50,6 +51,9 @@ class MaTS(Method, name="mats"):
     paper's: 100 iterations, no normalisation, damping or preconditioner. Without damping, the optimum of a K-FAC system
     can be much worse than its early iterates, so preconditioning and exact solutions are refused there.
 
+    With `keep`, e.g. ``keep=(5, 10, 15)``, one solve returns the merges after each of these iterations; `iterations`
+    is then the last of them.
+
     Per layer and iteration O(models out in (out + in)); memory of one layer's tensors and statistics.
     """
 
@@ -61,6 +65,7 @@ class MaTS(Method, name="mats"):
     preconditioner: str = option("ekron", "of conjugate gradients", choices=("ekron", "jacobi", "none"))
     solver: str = option("cg", "conjugate gradients, or a closed form if there is one", choices=("cg", "exact"))
     off_diagonal: float = option(1.0, "factor of the off-diagonal entries of the metrics", ge=0.0, le=1.0)
+    keep: tuple[int, ...] = list_option((), "iterations whose merges are returned too, each a model of its own", ge=0)
     tolerance: float = option(1e-5, "stop where the residual is this small relative to the right-hand side", ge=0.0)
     recipe: str = option(
         "default", "`paper` sets what is not given to the paper's values", choices=("default", "paper")
@@ -83,10 +88,15 @@ class MaTS(Method, name="mats"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keep:
+            if self.solver == "exact":
+                raise RecipeError("E0306", "`keep` needs iterations, solver=exact has none", places=Place(key="keep"))
+            object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
+            object.__setattr__(self, "iterations", self.keep[-1])
         if self.recipe == "paper":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             for name, value in _PAPER.items():
-                if getattr(self, name) == defaults[name]:
+                if (name != "iterations" or not self.keep) and getattr(self, name) == defaults[name]:
                     object.__setattr__(self, name, value)
 
     def requires(self, models: int) -> frozenset[str]:
@@ -105,20 +115,31 @@ class MaTS(Method, name="mats"):
 
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """Normalised and damped factors, their rotation, and the vectors of conjugate gradients."""
-        return 3 * matrix_elements(spec, models, outputs=self.objective == "kfac") + 12 * spec.numel
+        return (
+            3 * matrix_elements(spec, models, outputs=self.objective == "kfac") + (12 + 2 * len(self.keep)) * spec.numel
+        )
+
+    def outputs(self, models: int) -> tuple[int, ...]:
+        """The iterations to return."""
+        return self.keep
 
     def merge(self, block: Block, state: State) -> torch.Tensor:
         """One tensor's solution, or one block of the mean."""
+        return self.results(block, state)[-1]
+
+    def results(self, block: Block, state: State) -> list[torch.Tensor]:
+        """One tensor's iterates, or one block of the mean."""
         metrics = [metric(block, self.objective, index) for index in range(len(block.weights))]
         known = [self._shaped(m) for m in metrics if m is not None]
         if not known or not block.spec.numel:
-            return rescaled(block, mean_model(block), self.scale)
+            return [rescaled(block, mean_model(block), self.scale)]
         start = as_matrix(block, block.init)
         models = [as_matrix(block, block.model(index)) for index in range(len(block.weights))]
         system = normal_equations(known, models, block.weights, x0=start)
         solution = self._solver().solve(system.operator, system.b, x0=system.x0, r0=system.r0)
         report(block, solution)
-        return rescaled(block, from_matrix(block, solution.x), self.scale)
+        found = [solution.iterates[step] for step in self.keep] or [solution.x]
+        return [rescaled(block, from_matrix(block, x), self.scale) for x in found]
 
     def _shaped(self, operator: Operator) -> Operator:
         """The metric with its off-diagonal entries scaled, its trace normalised, and damped, in this order."""
@@ -134,4 +155,6 @@ class MaTS(Method, name="mats"):
         preconditioner: Preconditioner | None = None
         if self.preconditioner != "none":
             preconditioner = EKron() if kronecker and self.preconditioner == "ekron" else Jacobi()
-        return CG(max_iterations=self.iterations, tolerance=self.tolerance, preconditioner=preconditioner)
+        return CG(
+            max_iterations=self.iterations, tolerance=self.tolerance, keep=self.keep, preconditioner=preconditioner
+        )
