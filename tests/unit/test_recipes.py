@@ -699,3 +699,69 @@ def test_every_option_of_every_method_has_a_default_in_its_range() -> None:
     for cls in all_methods().values():
         for name, field in cls.options().items():
             assert field.default == getattr(cls(), field.name), (cls.name, name)
+
+
+# --- rules: methods for some tensors --------------------------------------------------------------------------------
+
+
+def test_methods_for_some_tensors(folder: Path, cli: Cli) -> None:
+    rules = (
+        "rules:\n- {tensors: '*mlp*', merge_method: ties, parameters: {density: 0.5}}\n"
+        "- {tensors: ['*embed*', '*norm*'], merge_method: average}\n"
+    )
+    text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {scale: 0.3}\n" + MODELS
+    mixed = merged(cli, text + rules)
+    plain = merged(cli, text)
+    base, a, b = (read_model(folder / name) for name in ("base", "a", "b"))
+    mlp = {k: v for k, v in base.items() if "mlp" in k}
+    parts = [{k: m[k] for k in mlp} for m in (a, b)]
+    ties = mg.merge(parts, base=mlp, method="ties", density=0.5)
+    for name in base:
+        if "mlp" in name:
+            expected = ties[name]
+        elif "embed" in name or "norm" in name:
+            expected = (a[name] + b[name]) / 2
+        else:
+            expected = plain[name]
+        assert torch.allclose(mixed[name], expected, rtol=1e-6, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("rule", "code", "mention"),
+    [
+        ("{tensors: '*', merge_method: tyes}", "E0304", "ties"),
+        ("{tensors: '*', merge_method: ties, parameters: {densty: 0.1}}", "E0305", "density"),
+        ("{tensors: '*', merge_method: ties, parameters: {density: 2}}", "E0306", "density"),
+        ("{tensors: '*', merge_method: ties, parameter: {}}", "E0302", "parameters"),
+        ("{merge_method: ties}", "E0303", "tensors"),
+    ],
+)
+def test_wrong_rules(rule: str, code: str, mention: str, folder: Path, cli: Cli) -> None:
+    text = f"merge_method: task_arithmetic\nbase_model: base\n{MODELS}rules:\n- {rule}\n"
+    fails(cli, text, code, mention)
+
+
+def test_a_rule_that_matches_nothing_is_mentioned(folder: Path, cli: Cli) -> None:
+    Path("recipe.yml").write_text(f"{TIES}{MODELS}rules: [{{tensors: nothing, merge_method: average}}]\n")
+    assert "`nothing` in `rules` matches no tensor" in cli("plan", "recipe.yml").succeeded().out
+
+
+def test_only_some_tensors_are_merged(folder: Path, cli: Cli) -> None:
+    text = "merge_method: average\nbase_model: base\n" + MODELS
+    some, everything = merged(cli, text + "only: ['*mlp*']\n"), merged(cli, text + "only: ['*']\n")
+    base = read_model(folder / "base")
+    for name, value in base.items():
+        assert same({name: some[name]}, {name: everything[name] if "mlp" in name else value})
+    assert any("mlp" in name and not torch.equal(some[name], value) for name, value in base.items())
+    cli("merge", "-m", "average", "--only", "*mlp*", "-b", "base", "a", "b", "-o", "some").succeeded()
+
+
+def test_a_method_inside_a_method(folder: Path, cli: Cli) -> None:
+    text = f"merge_method: dare\nbase_model: base\n{MODELS}parameters:\n  drop_rate: 0.5\n  then: "
+    inside = merged(cli, text + "{method: ties, density: 0.3}\n")
+    word = merged(cli, text + "ties\n  density: 0.3\n")
+    assert all(torch.allclose(inside[k], v, atol=1e-6) for k, v in word.items())
+    fails(cli, text + "{method: ties, densty: 0.3}\n", "E0305", "in `then`", "density")
+    fails(cli, text + "tyes\n", "E0304", "in `then`", "ties")
+    lock = json.loads(Path("out0/merge.lock.json").read_text())
+    assert lock["recipe"]["methods"][0]["options"]["then"]["method"] == "ties"

@@ -20,7 +20,8 @@ Base = Annotated[str | None, typer.Option("--base", "-b", help="The model that t
 Weights = Annotated[str | None, typer.Option("--weights", "-w", help="One number per model, e.g. 0.7,0.3.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="OPTION=VALUE", help="Option of the method.")]
 Evidence = Annotated[
-    list[str] | None, typer.Option("--statistics", help="Statistics file of a model; once per model, in their order.")
+    list[str] | None,
+    typer.Option("--statistics", help="Statistics file; once per model, in their order (the base's before them)."),
 ]
 Init = Annotated[
     str | None, typer.Option("--init", help="Where iterative methods start: a method or a model. [default: its own]")
@@ -29,6 +30,9 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="Type of the result: 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of random masks. [default: 0]")]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="Pattern of tensors that are copied from the base, not merged.")
+]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="Pattern of the tensors that are merged; the rest is the base's.")
 ]
 Heads = Annotated[str | None, typer.Option("--heads", help="merge, exclude, or 'keep-from MODEL'. [default: merge]")]
 FilesFrom = Annotated[
@@ -85,15 +89,19 @@ def build_recipe(
     base: str | None,
     weights: str | None,
     settings: Sequence[str] | None,
-    dtype: str | None,
-    seed: int | None,
-    exclude: Sequence[str] | None,
-    heads: str | None,
-    files_from: str | None,
     statistics: Sequence[str] | None,
-    init: str | None,
+    **keys: Any,
 ) -> Any:
     """The recipe of a command line: a file, or models and a method. Options given beside a file override its keys.
+
+    Args:
+        inputs: a recipe file, or the models.
+        method: registry name, with the models.
+        base: the base model.
+        weights: numbers with commas.
+        settings: ``OPTION=VALUE``.
+        statistics: a file per model.
+        **keys: further keys of the recipe; those that are None or empty were not given.
 
     Raises:
         UsageError: neither or both are given.
@@ -103,19 +111,8 @@ def build_recipe(
 
     from merganser.recipe import load_recipe, simple_recipe
 
-    extra: dict[str, Any] = {}
-    if dtype is not None:
-        extra["dtype"] = dtype
-    if seed is not None:
-        extra["seed"] = seed
-    if exclude:
-        extra["exclude"] = tuple(exclude)
-    if heads is not None:
-        extra["heads"] = heads
-    if files_from is not None:
-        extra["files_from"] = files_from
-    if init is not None:
-        extra["init"] = init
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    extra: dict[str, Any] = {key: value for key, value in given.items() if value is not None and value != ()}
     if method is None:
         if len(inputs) != 1:
             raise UsageError("E0201", "give one recipe file, or --method and the models")

@@ -20,6 +20,7 @@ from merganser.cli._common import (
     Json,
     Memory,
     MethodName,
+    Only,
     Seed,
     Set,
     Threads,
@@ -47,6 +48,7 @@ def merge(
     dtype: Dtype = None,
     seed: Seed = None,
     exclude: Exclude = None,
+    only: Only = None,
     heads: Heads = None,
     files_from: FilesFrom = None,
     statistics: Evidence = None,
@@ -63,9 +65,8 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge models into a folder that loads."""
-    recipe = build_recipe(
-        inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from, statistics, init
-    )
+    keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
+    recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
     budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     from merganser.cli._progress import Progress
     from merganser.engine import make_plan, save
@@ -111,6 +112,7 @@ def plan(
     dtype: Dtype = None,
     seed: Seed = None,
     exclude: Exclude = None,
+    only: Only = None,
     heads: Heads = None,
     files_from: FilesFrom = None,
     statistics: Evidence = None,
@@ -123,9 +125,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a merge would do: rules, bytes, memory, time, warnings. No weight is read, nothing is written."""
-    recipe = build_recipe(
-        inputs, method, base, weights, settings, dtype, seed, exclude, heads, files_from, statistics, init
-    )
+    keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
+    recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
     budget = parse_size(max_memory)
     from merganser.engine import check_output, make_plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merganser import kernels
@@ -140,10 +140,15 @@ class StreamBlock(Block):
     def buffer(self, name: str) -> torch.Tensor:
         return self._get(f"scratch {name}", self._tensor.dtype)
 
-    def statistic(self, kind: str, index: int) -> torch.Tensor | None:
-        if kind not in self._tensor.kinds:
+    def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
+        if index is None:
+            if self._tensor.base_statistics is None or kind not in self._tensor.base_statistics.kinds:
+                return None
+            source = self._tensor.base_statistics
+        elif kind not in self._tensor.kinds:
             return None
-        source = self._tensor.statistics[index]
+        else:
+            source = self._tensor.statistics[index]
         value = source.evidence.read(kind, source.name)
         if kind == "fisher":
             value = value.reshape(-1)[self.key.start : self.key.stop]
@@ -152,6 +157,9 @@ class StreamBlock(Block):
                 "E0603", f"the {kind} of `{source.name}` is not finite", places=source.place, fix="collect it again"
             )
         return value.to(dtype=self._tensor.dtype, device=self._reader.device)
+
+    def facts(self, index: int) -> Mapping[str, Any]:
+        return self._tensor.statistics[index].evidence.statistics.provenance if self._tensor.statistics else {}
 
     def fault(self, kind: str, index: int, message: str) -> NumericError:
         source = self._tensor.statistics[index]

@@ -70,6 +70,7 @@ def lock_data(plan: Plan, warnings: list[str], seconds: float) -> dict[str, Any]
             "dtype": plan.dtype_name(),
             "outputs": list(plan.outputs),
             "exclude": list(plan.recipe.exclude),
+            "only": list(plan.recipe.only),
             "heads": _public_heads(plan.recipe.heads),
         },
         "inputs": [_input(checkpoint) for checkpoint in plan.checkpoints],

@@ -55,6 +55,11 @@ class Demands:
         self._models = models
         self._known: dict[tuple[Method, tuple[float, ...]], frozenset[str]] = {}
         self._evidence = self._open_evidence()
+        self._base_evidence: Evidence | None = None
+        if recipe.base_statistics is not None and recipe.base is not None:
+            self._base_evidence = open_evidence(recipe.base_statistics, "statistics of the base")
+            checkpoint = models.open(recipe.base)
+            check_evidence(self._base_evidence, checkpoint.specs(), checkpoint.label)
         self._weights: Checkpoint | None = None
         self._used: set[str] = set()
         if recipe.init is not None and is_method(recipe.init):
@@ -99,6 +104,8 @@ class Demands:
                 raise self._recipe.located(error) from None
             requires = method.requires(len(weights))
             self._used |= requires
+            if method.takes_base_statistics:
+                self._used.add("base statistics")
             initial = method.initial()
             if initial is not None:
                 self._used.add("init")
@@ -146,6 +153,11 @@ class Demands:
         for given, key, what in (
             (self._evidence and not self._used & set(TABLES), "statistics", "statistics"),
             (self._recipe.init is not None and "init" not in self._used, "init", "an initialisation"),
+            (
+                self._recipe.base_statistics is not None and "base statistics" not in self._used,
+                "base_statistics",
+                "statistics of the base",
+            ),
         ):
             if given:
                 raise RecipeError(
@@ -175,6 +187,10 @@ class Demands:
                 fix="collect the same kinds from all models",
             )
         return found if all(having) else ()
+
+    def base_statistics(self, base: Input) -> TensorEvidence | None:
+        """The statistics of the base's tensor, if they were given."""
+        return None if self._base_evidence is None else TensorEvidence(self._base_evidence, base.name)
 
     def init(self, method: Method, first: Input, name: str) -> Input | None:
         """The tensor to start from, where the user gave weights for that."""

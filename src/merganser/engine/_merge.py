@@ -244,7 +244,7 @@ def merge(
         base: the model that they were fine-tuned from, for methods that need it.
         method: a registry name (`merganser methods` lists them), or a method object.
         weights: one number per model; 1 each if None. Averages normalise them, sums of task vectors do not.
-        statistics: one per model (files or `Statistics`), for methods that need them.
+        statistics: one per model (files or `Statistics`), for methods that need them; the base's may come before them.
         init: where iterative methods start: a registry name, a method object, or weights (path or state dict).
         dtype: type of the result; that of the inputs if None (the wider, where they differ).
         seed: of random masks.

@@ -158,6 +158,8 @@ class TensorRules:
         for pattern in self._recipe.exclude:
             if fnmatch.fnmatchcase(name, pattern):
                 return f"excluded by `{pattern}`"
+        if self._recipe.only and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._recipe.only):
+            return "not in `only`"
         if self._recipe.heads != "merge" and is_head(name):
             return f"heads: {self._recipe.heads}"
         return None
@@ -233,14 +235,18 @@ class TensorRules:
             weights,
             kernels.compute_dtype(native),
             statistics=statistics,
+            base_statistics=self.demands.base_statistics(base) if method.takes_base_statistics else None,
             init=self.demands.init(method, inputs[0], name),
         )
 
     def _check_patterns(self, names: Iterable[str]) -> None:
         everything = list(names)
-        for pattern in self._recipe.exclude:
+        patterns = [("exclude", pattern) for pattern in self._recipe.exclude]
+        patterns += [("only", pattern) for pattern in self._recipe.only]
+        patterns += [("rules", pattern) for rule in self._recipe.rules for pattern in rule.patterns]
+        for key, pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
-                self.warnings.append(f"the pattern `{pattern}` in `exclude` matches no tensor")
+                self.warnings.append(f"the pattern `{pattern}` in `{key}` matches no tensor")
 
     def _check_filters(self, tensors: Sequence[TensorPlan]) -> None:
         names = [tensor.spec.name for tensor in tensors] + [i.name for t in tensors for i in t.inputs]

@@ -45,6 +45,7 @@ class TensorPlan:
         dtype: the compute type.
         reason: why it is copied.
         statistics: those of each input; empty unless every input has some.
+        base_statistics: those of the base, if they were given.
         init: the tensor to start from, where the user gave weights for that.
     """
 
@@ -56,6 +57,7 @@ class TensorPlan:
     dtype: torch.dtype
     reason: str = ""
     statistics: tuple[TensorEvidence, ...] = ()
+    base_statistics: TensorEvidence | None = None
     init: Input | None = None
 
     @property

@@ -61,14 +61,18 @@ class Block(ABC):
         """A scratch tensor of the block's size; its contents are whatever was left there."""
 
     @abstractmethod
-    def statistic(self, kind: str, index: int) -> torch.Tensor | None:
-        """A statistic of model `index`, or None if it was not collected for this tensor.
+    def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
+        """A statistic of model `index`, or of the base (None), or None if it was not collected for this tensor.
 
         Args:
             kind: ``"gram"`` (in x in), ``"output_gram"`` (out x out), ``"block"`` (d x d) or ``"rows"`` (n x d), all
                 whole; or ``"fisher"``, the elements that belong to this block's, flat.
             index: the model.
         """
+
+    @abstractmethod
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What is written down about the statistics of model `index`: estimator, batch size, ..."""
 
     @abstractmethod
     def fault(self, kind: str, index: int, message: str) -> MerganserError:
@@ -170,9 +174,13 @@ class TransformedBlock(Block):
         """A scratch tensor."""
         return self._inner.buffer(name)
 
-    def statistic(self, kind: str, index: int) -> torch.Tensor | None:
+    def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
         """A statistic of a model."""
         return self._inner.statistic(kind, index)
+
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What is written down about the statistics of a model."""
+        return self._inner.facts(index)
 
     def fault(self, kind: str, index: int, message: str) -> MerganserError:
         """The error for a statistic."""
@@ -263,6 +271,7 @@ class Method(ABC):
         default_init: the initialisation if the user names none; None for a method that has no use for one.
         base_is_model: whether a base that is also listed among the models counts as one of them.
         symmetric: whether the order of the models, with their weights and statistics, does not matter.
+        takes_base_statistics: whether it makes use of statistics of the base, if they are given.
         one_per_model: whether its several `outputs` belong to the models, in their order.
     """
 
@@ -276,6 +285,7 @@ class Method(ABC):
     arity: ClassVar[tuple[int, int | None]] = (1, None)
     base_is_model: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
+    takes_base_statistics: ClassVar[bool] = False
     one_per_model: ClassVar[bool] = False
     default_init: ClassVar[str | None] = None
 

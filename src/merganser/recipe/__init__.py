@@ -1,13 +1,14 @@
 """Recipes: the grammar of the files, their settings, and what they all become."""
 
 from merganser.recipe._load import load_recipe
-from merganser.recipe._recipe import Recipe, Slice, Source, filters_of, same_model, simple_recipe
+from merganser.recipe._recipe import Recipe, Rule, Slice, Source, filters_of, same_model, simple_recipe
 from merganser.recipe._settings import Parameters, Setting
 from merganser.recipe._yaml import parse_scalar
 
 __all__ = [
     "Parameters",
     "Recipe",
+    "Rule",
     "Setting",
     "Slice",
     "Source",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from merganser.errors import EnvironmentFault, Place, RecipeError, nearest, suggestion
-from merganser.methods import find_method
-from merganser.recipe._recipe import Recipe, Slice, Source
-from merganser.recipe._settings import Parameters, Setting, parse_parameters
+from merganser.methods import find_method, option_info
+from merganser.recipe._recipe import Recipe, Rule, Slice, Source
+from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters
 from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
 
 __all__ = ["build_recipe", "load_recipe"]
@@ -64,17 +64,20 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
             "E0303", "a recipe has exactly one of `models` and `slices`", places=Place(file=file, key="models")
         )
 
-    def settings(raw: Mapping[str, Any], *path: str | int) -> Parameters:
+    def settings(raw: Mapping[str, Any], *path: str | int, method: str = parsed.merge_method) -> Parameters:
         result: dict[str, Setting] = {}
         for key, value in raw.items():
-            result.update(parse_parameters({key: value}, file, document.line((*path, "parameters", key))))
-            _check_name(document, parsed.merge_method, key, (*path, "parameters", key))
+            place = (*path, "parameters", key)
+            _check_name(document, method, key, place)
+            if isinstance(value, list) and _is_list(method, key):
+                result.update(constant({key: value}))
+            else:
+                result.update(parse_parameters({key: value}, file, document.line(place)))
         return result
 
-    try:
-        find_method(parsed.merge_method)
-    except RecipeError as error:
-        raise _located(error, document, ("merge_method",)) from None
+    _check_method(document, parsed.merge_method, ("merge_method",))
+    for index, rule in enumerate(parsed.rules):
+        _check_method(document, rule.merge_method, ("rules", index, "merge_method"))
     if parsed.models is not None:
         sources = tuple(
             Source(
@@ -123,10 +126,20 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         parsed.merge_method,
         base=base,
         parameters=settings(parsed.parameters),
+        rules=tuple(
+            Rule(
+                (rule.tensors,) if isinstance(rule.tensors, str) else tuple(rule.tensors),
+                rule.merge_method,
+                settings(rule.parameters, "rules", index, method=rule.merge_method),
+            )
+            for index, rule in enumerate(parsed.rules)
+        ),
+        base_statistics=parsed.base_statistics,
         init=parsed.init,
         dtype=parsed.out_dtype or parsed.dtype,
         seed=parsed.seed,
         exclude=tuple(parsed.exclude),
+        only=tuple(parsed.only),
         heads=parsed.heads,
         files_from=files_from,
         tokenizer_from=base if tokenizer == "base" else tokenizer,
@@ -144,6 +157,19 @@ def _setting_lines(document: Document) -> dict[str, int]:
         if len(path) >= 2 and path[-2] == "parameters" and isinstance(path[-1], str):
             lines[path[-1]] = min(line, lines.get(path[-1], line))
     return lines
+
+
+def _check_method(document: Document, method: str, path: tuple[str | int, ...]) -> None:
+    try:
+        find_method(method)
+    except RecipeError as error:
+        raise _located(error, document, path) from None
+
+
+def _is_list(method: str, key: str) -> bool:
+    """Whether a list is the value of the option itself, not a gradient over the layers."""
+    field = find_method(method).options().get(key)
+    return field is not None and option_info(field).many
 
 
 def _check_name(document: Document, method: str, key: str, path: tuple[str | int, ...]) -> None:
@@ -219,7 +245,7 @@ def _from_pydantic(document: Document, detail: Any) -> RecipeError:
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:
     from pydantic import BaseModel
 
-    from merganser.recipe._schema import ModelEntry, RecipeFile, SliceEntry, SourceEntry
+    from merganser.recipe._schema import ModelEntry, RecipeFile, RuleEntry, SliceEntry, SourceEntry
 
     words = [step for step in path[:-1] if isinstance(step, str)]
     table: dict[tuple[str, ...], type[BaseModel]] = {
@@ -227,5 +253,6 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
         ("models",): ModelEntry,
         ("slices",): SliceEntry,
         ("slices", "sources"): SourceEntry,
+        ("rules",): RuleEntry,
     }
     return list(table.get(tuple(words), RecipeFile).model_fields)

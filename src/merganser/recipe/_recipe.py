@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from merganser.errors import Place, RecipeError
 from merganser.methods import Method, create_method
 from merganser.recipe._settings import Parameters, Setting, constant, unwrap
 
-__all__ = ["Recipe", "Slice", "Source", "filters_of", "same_model", "simple_recipe"]
+__all__ = ["Recipe", "Rule", "Slice", "Source", "filters_of", "same_model", "simple_recipe"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,19 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A method of their own for the tensors whose names match one of the patterns, with its settings."""
+
+    patterns: tuple[str, ...]
+    method: str | Method
+    parameters: Parameters = field(default_factory=dict)
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is for this tensor."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that determines a merge.
 
@@ -41,10 +55,13 @@ class Recipe:
         method: registry name, or a method with its options.
         base: the model that the others were fine-tuned from.
         parameters: settings for all slices.
+        rules: methods for some tensors, instead of `method`; the first that matches counts.
+        base_statistics: statistics of the base, for the methods that take them.
         init: where an iterative method starts: a registry name, a method, or weights; None means its default.
         dtype: name of the output type; None keeps that of the inputs.
         seed: of random masks.
         exclude: patterns of tensors that are not merged.
+        only: patterns of the tensors that are merged, all others are not; empty for all.
         heads: ``"merge"``, ``"exclude"`` or ``"keep-from MODEL"``.
         lines: the line of every setting in that file, by its name.
         files_from: whose configuration and side files are taken; None means the base, else the first model.
@@ -58,10 +75,13 @@ class Recipe:
     method: str | Method
     base: Any = None
     parameters: Parameters = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    base_statistics: Any = None
     init: Any = None
     dtype: str | None = None
     seed: int = 0
     exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     heads: str = "merge"
     files_from: Any = None
     tokenizer_from: Any = None
@@ -80,7 +100,9 @@ class Recipe:
         return found
 
     def is_uniform(self) -> bool:
-        """Whether every tensor has the same options and weights: no filters, no gradients."""
+        """Whether every tensor has the same method, options and weights: no rules, filters or gradients."""
+        if self.rules:
+            return False
         levels = [self.parameters, *(p.parameters for p in self.slices)]
         levels += [source.parameters for part in self.slices for source in part.sources]
         return all(setting.is_constant() for level in levels for setting in level.values())
@@ -100,6 +122,11 @@ class Recipe:
             output: the output tensor's name, which all other filters are tested on.
             position: relative depth of the layer; 0 outside the layers.
         """
+        rule = next((rule for rule in self.rules if rule.matches(output)), None)
+        if rule is not None:
+            return self._of_rule(rule, output, position), self._weights(
+                [rule.parameters, part.parameters, self.parameters], sources, names, output, position
+            )
         shared = [part.parameters, self.parameters]
         keys = {key for level in (*shared, *(s.parameters for s in sources)) for key in level} - {"weight"}
         options: dict[str, Any] = {}
@@ -128,6 +155,16 @@ class Recipe:
         elif options:
             raise RecipeError("E0305", "options are given both in the method and beside it")
         return method, self._weights(shared, sources, names, output, position)
+
+    def _of_rule(self, rule: Rule, output: str, position: float) -> Method:
+        """A rule's method; the settings of single models are those of the recipe's method."""
+        if isinstance(rule.method, Method):
+            return rule.method
+        values = {key: _first([rule.parameters], key, output, position) for key in rule.parameters if key != "weight"}
+        try:
+            return create_method(rule.method, {k: unwrap(v) for k, v in values.items() if v is not None})
+        except RecipeError as error:
+            raise self.located(error) from None
 
     def located(self, error: RecipeError) -> RecipeError:
         """The error with the file and line of the setting that it is about."""
@@ -190,6 +227,8 @@ def simple_recipe(
         raise RecipeError("E0308", "the models are given as a list with at least one model")
     if weights is not None and len(weights) != len(models):
         raise RecipeError("E0307", f"{len(weights)} weights are given for {len(models)} models")
+    if statistics is not None and len(statistics) == len(models) + 1:
+        rest["base_statistics"], statistics = statistics[0], statistics[1:]
     if statistics is not None and len(statistics) != len(models):
         raise RecipeError("E0308", f"{len(statistics)} statistics are given for {len(models)} models")
     if isinstance(method, str):
@@ -209,7 +248,7 @@ def simple_recipe(
 
 def filters_of(recipe: Recipe) -> list[tuple[str, Setting]]:
     """All settings with filters, for the check that every filter matches something."""
-    levels: list[Parameters] = [recipe.parameters]
+    levels: list[Parameters] = [recipe.parameters, *(rule.parameters for rule in recipe.rules)]
     for part in recipe.slices:
         levels.append(part.parameters)
         levels.extend(source.parameters for source in part.sources)

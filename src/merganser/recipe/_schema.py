@@ -37,6 +37,14 @@ class SliceEntry(_Strict):
     parameters: dict[str, Any] = {}
 
 
+class RuleEntry(_Strict):
+    """A method of their own for some tensors."""
+
+    tensors: StrictStr | list[StrictStr] = Field(description="Patterns of output names, e.g. `*.mlp.*`.")
+    merge_method: StrictStr = Field(description="Registry name.")
+    parameters: dict[str, Any] = Field(default={}, description="Settings of that method.")
+
+
 class RecipeFile(_Strict):
     """A merge: exactly one of `models` and `slices`, a method, and its settings."""
 
@@ -47,15 +55,22 @@ class RecipeFile(_Strict):
     parameters: dict[str, Any] = Field(
         default={}, description="Settings for all models: a value, a gradient over the layers, or {value, filter}."
     )
+    rules: list[RuleEntry] = Field(
+        default=[], description="Other methods for some tensors; the first rule whose pattern matches counts."
+    )
     dtype: StrictStr | None = Field(default=None, description="Type of the merged weights; arithmetic is in float32.")
     out_dtype: StrictStr | None = Field(default=None, description="Takes precedence over dtype.")
     tokenizer_source: StrictStr | None = Field(
         default=None, description="Whose tokenizer files are taken: base or a model."
     )
+    base_statistics: StrictStr | None = Field(default=None, description="Statistics file of the base.")
     init: StrictStr | None = Field(default=None, description="Where iterative methods start: a method or a model.")
     seed: StrictInt = Field(default=0, description="Seed of random masks.")
     exclude: list[StrictStr] = Field(
         default=[], description="Patterns of tensors that are copied from the base, not merged."
+    )
+    only: list[StrictStr] = Field(
+        default=[], description="Patterns of the tensors that are merged; all others are copied from the base."
     )
     heads: StrictStr = Field(default="merge", description="merge, exclude, or keep-from MODEL.")
     files_from: ModelName | None = Field(default=None, description="Whose configuration and side files are taken.")
