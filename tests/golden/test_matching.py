@@ -141,7 +141,12 @@ def test_regmean_in_other_code(golden: Load, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 @pytest.mark.parametrize(
-    ("case", "method", "options"), [("actmat", "actmat", {}), ("tact_k0.5", "tact", {"keep": 0.5})]
+    ("case", "method", "options"),
+    [
+        ("actmat", "actmat", {}),
+        ("tact_k0.5", "tact", {"keep": 0.5}),
+        ("ace_centered_cov_only", "ace", {}),
+    ],
 )
 def test_data_free(golden: Load, case: str, method: str, options: dict[str, Any], dtype: str) -> None:
     base = golden(f"research/in__base__normal__{dtype}.safetensors")
@@ -152,3 +157,13 @@ def test_data_free(golden: Load, case: str, method: str, options: dict[str, Any]
     assert_close(deltas, expected, 1e-8 if dtype == "f64" else 1e-4)
     half = mg.merge(models, base=base, method=method, scale=0.5, **options)
     assert_close({k: half[k] - base[k] for k in base}, {k: 0.5 * (merged[k] - base[k]) for k in base}, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_the_way_of_wudi(golden: Load, dtype: str) -> None:
+    """300 steps of Adam: most entries agree closely, few are where the sign of a gradient is decided by rounding."""
+    base = golden(f"research/in__base__normal__{dtype}.safetensors")
+    models = [golden(f"research/in__ft{i}__normal__{dtype}.safetensors") for i in range(3)]
+    expected = golden(f"research/out__wudi_300__normal__{dtype}.safetensors")
+    merged = mg.merge(models, base=base, method="wudi", solver="gradient", iterations=300)
+    assert_close(merged, expected, 1e-7 if dtype == "f64" else 1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from merganser.errors import MerganserError
 from merganser.statistics import Statistics
 
 State = dict[str, torch.Tensor]
+merge: Any = mg.merge
 NAME = "layers.0.up.weight"
 
 
@@ -32,18 +34,18 @@ KNOWN = [Statistics(gram={NAME: factor(6, i)}, output_gram={NAME: factor(8, 9 + 
 
 
 def test_one_solve_returns_what_several_would() -> None:
-    several = mg.merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[4, 1, 2, 2])
+    several = merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[4, 1, 2, 2])
     assert list(several) == [1, 2, 4]
     for iterations, merged in several.items():
-        alone = mg.merge([A, B], base=BASE, method="mats", statistics=KNOWN, iterations=iterations)
+        alone = merge([A, B], base=BASE, method="mats", statistics=KNOWN, iterations=iterations)
         assert all(torch.equal(merged[k], v) for k, v in alone.items())
     assert not torch.equal(several[1][NAME], several[4][NAME])
 
 
 def test_the_paper_recipe_keeps_what_is_asked_for() -> None:
     options = {"method": "mats", "statistics": KNOWN, "recipe": "paper"}
-    several = mg.merge([A, B], base=BASE, keep=[2, 3], **options)
-    alone = mg.merge([A, B], base=BASE, iterations=3, **options)
+    several = merge([A, B], base=BASE, keep=[2, 3], **options)
+    alone = merge([A, B], base=BASE, iterations=3, **options)
     assert all(torch.equal(several[3][k], v) for k, v in alone.items())
 
 
@@ -54,8 +56,8 @@ def test_each_model_gets_a_folder(tmp_path: Path) -> None:
         folders[-1].mkdir()
         save_file(tensors, folders[-1] / "model.safetensors")
         (folders[-1] / "config.json").write_text('{"model_type": "made-up"}')
-    out = mg.merge(folders[1:], base=folders[0], method="mats", statistics=KNOWN, keep=[1, 3], out=tmp_path / "out")
-    several = mg.merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[1, 3])
+    out = merge(folders[1:], base=folders[0], method="mats", statistics=KNOWN, keep=[1, 3], out=tmp_path / "out")
+    several = merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[1, 3])
     for iterations, merged in several.items():
         found = load_file(out / str(iterations) / "model.safetensors")
         assert all(torch.equal(found[k], v) for k, v in merged.items())
@@ -68,7 +70,7 @@ def test_each_model_gets_a_folder(tmp_path: Path) -> None:
 
 def test_several_models_do_not_fit_one_file(tmp_path: Path) -> None:
     with pytest.raises(MerganserError, match="returns 2 models"):
-        mg.merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[1, 3], out=tmp_path / "out.safetensors")
+        merge([A, B], base=BASE, method="mats", statistics=KNOWN, keep=[1, 3], out=tmp_path / "out.safetensors")
     assert not any(tmp_path.iterdir())
 
 
@@ -77,5 +79,5 @@ def test_several_models_do_not_fit_one_file(tmp_path: Path) -> None:
 )
 def test_iterations_that_cannot_be_kept(options: dict[str, object]) -> None:
     with pytest.raises(MerganserError) as caught:
-        mg.merge([A, B], base=BASE, method="mats", statistics=KNOWN, **options)
+        merge([A, B], base=BASE, method="mats", statistics=KNOWN, **options)
     assert caught.value.code == "E0306"

@@ -12,7 +12,7 @@ from merganser.kernels import Partials
 from merganser.methods._base import About, Block, Context, Method, check_normalisable
 from merganser.methods._options import option
 
-__all__ = ["Fisher"]
+__all__ = ["Fisher", "check_sign"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Fisher(Method, name="fisher"):
         if not self.normalize:
             return [1.0] * context.models
         parts: list[list[Partials]] = [[] for _ in range(context.models)]
-        for _, squares in context.each(_squares):
+        for _, squares in context.each(self._squares):
             for own, part in zip(parts, squares, strict=False):
                 own.append(part)
         norms = [math.sqrt(kernels.exact_sum(own)) for own in parts]
@@ -76,10 +76,10 @@ class Fisher(Method, name="fisher"):
         for index, weight in enumerate(block.weights):
             model = block.model(index, slot=0)
             mean.add_(model, alpha=weight / divisor)
-            fisher = block.statistic("fisher", index)
+            fisher = self._fisher(block, index)
             if fisher is None:
                 continue
-            self._check_sign(block, index, fisher)
+            check_sign(block, index, fisher)
             if self.floor_on == "all" or (self.floor_on == "target") == (index == 0):
                 fisher = fisher.clamp(min=self.floor)
             fisher = fisher * (weight * state[index])
@@ -93,14 +93,22 @@ class Fisher(Method, name="fisher"):
         """The model, its Fisher, three sums, masks and the quotient."""
         return 8
 
-    @staticmethod
-    def _check_sign(block: Block, index: int, fisher: torch.Tensor) -> None:
-        if fisher.numel() and float(fisher.min()) < 0:
-            raise block.fault(
-                "fisher", index, f"the Fisher of `{block.spec.name}` has negative values, which no square has"
-            )
+    def _fisher(self, block: Block, index: int) -> torch.Tensor | None:
+        """The Fisher of a model."""
+        return block.statistic("fisher", index)
+
+    def _squares(self, block: Block) -> list[Partials]:
+        values = [self._fisher(block, index) for index in range(len(block.weights))]
+        return [kernels.chunk_dots(value, value) for value in values if value is not None]
 
 
-def _squares(block: Block) -> list[Partials]:
-    values = [block.statistic("fisher", index) for index in range(len(block.weights))]
-    return [kernels.chunk_dots(value, value) for value in values if value is not None]
+def check_sign(block: Block, index: int, fisher: torch.Tensor) -> None:
+    """Refuse a Fisher with negative values.
+
+    Raises:
+        NumericError: E0604.
+    """
+    if fisher.numel() and float(fisher.min()) < 0:
+        raise block.fault(
+            "fisher", index, f"the Fisher of `{block.spec.name}` has negative values, which no square has"
+        )

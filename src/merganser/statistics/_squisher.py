@@ -94,6 +94,7 @@ def squisher(
     order = _order(model, groups, state, shapes, names)
     fisher: dict[str, torch.Tensor] = {}
     steps: set[int] = set()
+    corrections: dict[str, float] = {}
     for group in groups:
         for index in group["params"]:
             entry, name = state.get(index), order[index]
@@ -101,14 +102,15 @@ def squisher(
                 fisher[name] = torch.zeros(shapes[name])
                 continue
             v, beta2, step = _second_moment(entry, group, name)
-            correction = 1.0 - beta2**step
-            fisher[name] = v.to(torch.promote_types(v.dtype, torch.float32)) * (batch_size / correction)
+            corrections[name] = 1.0 - beta2**step
+            fisher[name] = v.to(torch.promote_types(v.dtype, torch.float32)) * (batch_size / corrections[name])
             steps.add(step)
             if not bool(torch.isfinite(fisher[name]).all()) or bool((fisher[name] < 0).any()):
                 raise NumericError("E0603", "the second moment is negative or not finite", places=Place(tensor=name))
     if not steps:
         raise InputError("E0420", "the optimizer has made no step")
-    return fisher, {"estimator": "squisher", "batch_size": batch_size, "steps": sorted(steps)}
+    facts = {"estimator": "squisher", "batch_size": batch_size, "steps": sorted(steps), "corrections": corrections}
+    return fisher, facts
 
 
 def _second_moment(entry: Mapping[str, Any], group: Mapping[str, Any], name: str) -> tuple[torch.Tensor, float, int]:
