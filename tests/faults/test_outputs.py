@@ -470,11 +470,11 @@ def appears_meanwhile(monkeypatch: pytest.MonkeyPatch, make: Callable[[], object
 
     real, done = FolderOutput.write, [False]
 
-    def write(self: FolderOutput, name: str, start: int, piece: torch.Tensor) -> None:
+    def write(self: FolderOutput, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
         if not done[0]:
             done[0] = True
             make()
-        real(self, name, start, piece)
+        real(self, name, start, piece, output)
 
     monkeypatch.setattr(FolderOutput, "write", write)
 

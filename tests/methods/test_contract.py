@@ -93,8 +93,15 @@ def statistics_for(method: str, models: int) -> list[Statistics] | None:
 def run(models: list[State], method: str, base: State = BASE, **options: Any) -> State:
     """The merge, with the statistics that the method needs."""
     known = statistics_for(method, len(models))
+    if "evaluator" in all_methods()[method].needs:
+        options = {"evaluator": size, **options}
     merged: State = mg.merge(models, base=base, method=method, statistics=known, **options)
     return merged
+
+
+def size(state: State) -> float:
+    """An evaluator that is not about anything."""
+    return -sum(float(value.double().square().sum()) for value in state.values())
 
 
 def tuned(base: State, seed: int, scale: float = 0.1, frozen: str = "") -> State:

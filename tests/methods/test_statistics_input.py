@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import merganser as mg
 from merganser.errors import MerganserError
 from merganser.statistics import Statistics
+from tests.conftest import Cli
 
 State = dict[str, torch.Tensor]
 
@@ -110,3 +112,79 @@ def test_an_exact_solution_without_damping_is_refused() -> None:
     error = failure(known, "mats", base=state(0), damping=0.0)
     assert error.code == "E0312"
     assert "damping" in error.fix
+
+
+def damaged(kind: str) -> torch.Tensor:
+    matrix = gram(6)
+    if kind == "asymmetric":
+        matrix[0, 1] += 1
+    elif kind == "indefinite":
+        matrix -= 2 * torch.linalg.eigvalsh(matrix)[-1] * torch.eye(6)
+    elif kind == "slightly indefinite":
+        values, vectors = torch.linalg.eigh(matrix)
+        values[0] = -1e-3 * values.sum()
+        matrix = vectors @ values.diag() @ vectors.T
+    elif kind == "zero":
+        matrix.zero_()
+    else:
+        matrix[0, 0] = float("nan")
+    return matrix
+
+
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+@pytest.mark.parametrize("kind", ["asymmetric", "indefinite", "slightly indefinite", "zero", "nan"])
+def test_a_matrix_that_is_no_gram_matrix_names_its_layer(kind: str, method: str) -> None:
+    given = [Statistics(gram={NAME: gram(6)}), Statistics(gram={NAME: damaged(kind)})]
+    options = {"objective": "gram", "base": A} if method == "mats" else {}
+    error = failure(given, method, **options)
+    assert error.code == ("E0603" if kind == "nan" else "E0604")
+    assert (error.places[0].tensor, error.places[0].file) == (NAME, "statistics[1]")
+
+
+def test_output_factors_are_checked_too() -> None:
+    good = Statistics(gram={NAME: gram(6)}, output_gram={NAME: gram(8)})
+    bad = Statistics(gram={NAME: gram(6)}, output_gram={NAME: gram(8) - 9 * torch.eye(8)})
+    assert failure([good, bad], "mats", base=A).code == "E0604"
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_gram_matrices_of_few_inputs_are_taken(rank: int) -> None:
+    """Singular, and indefinite by rounding alone."""
+    x = torch.randn(rank, 6, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, 3, 6)
+    given = [Statistics(gram={NAME: x.T @ x}), Statistics(gram={NAME: gram(6)})]
+    for method in ("regmean", "mats"):
+        options: dict[str, Any] = {"objective": "gram", "base": A} if method == "mats" else {}
+        merged = mg.merge([A, B], method=method, statistics=given, **options)
+        assert all(torch.isfinite(value).all() for value in merged.values())
+
+
+# --- what was not solved ---------------------------------------------------------------------------------------------
+
+BASE = state(3)
+KFAC = [Statistics(gram={NAME: gram(6, i)}, output_gram={NAME: gram(8, i + 5)}) for i in range(2)]
+
+
+def test_systems_that_are_not_solved_are_an_error_if_that_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    error = failure(KFAC, "mats", base=BASE, iterations=1, require_convergence=True)
+    assert (error.code, error.places[0].tensor) == ("E0605", NAME)
+    mg.merge([A, B], base=BASE, method="mats", statistics=KFAC, iterations=1)
+    assert "1 of 1 linear systems did not reach their tolerance in 1 iterations" in caplog.text
+    caplog.clear()
+    mg.merge(
+        [A, B], base=BASE, method="mats", statistics=KFAC, iterations=200, tolerance=1e-4, require_convergence=True
+    )
+    assert not caplog.text
+
+
+def test_the_command_line_warns_and_is_strict(tmp_path: Path, cli: Cli) -> None:
+    for name, weights in (("base", BASE), ("a", A), ("b", B)):
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    for index, statistics in enumerate(KFAC):
+        statistics.save(tmp_path / f"s{index}.safetensors")
+    command = ["merge", "-m", "mats", "-s", "iterations=1", "--base", tmp_path / "base.safetensors"]
+    command += ["--statistics", tmp_path / "s0.safetensors", "--statistics", tmp_path / "s1.safetensors"]
+    command += [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    done = cli(*command, "-o", tmp_path / "out.safetensors").succeeded()
+    assert "did not reach their tolerance" in done.err
+    cli(*command, "-o", tmp_path / "strict.safetensors", "--strict").failed("E0605", NAME)
+    assert not (tmp_path / "strict.safetensors").exists()

@@ -14,8 +14,9 @@ def method_data(cls: type[Method]) -> dict[str, Any]:
     about = cls.about
     low, high = cls.arity
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
-    kinds = ", ".join(sorted(cls.needs - {"base"}))
+    kinds = ", ".join(sorted(cls.needs - {"base", "evaluator"}))
     needs = [f"{count} model{'' if count == '1' else 's'}", *(("a base",) if "base" in cls.needs else ())]
+    needs += ["an evaluator"] if "evaluator" in cls.needs else []
     needs += [f"statistics ({kinds})"] if kinds else []
     return {
         "name": cls.name,

@@ -55,11 +55,23 @@ def merge(
     init: Init = None,
     max_memory: Memory = "1GB",
     threads: Threads = None,
+    eval_cmd: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-cmd",
+            metavar="COMMAND",
+            help="For methods that choose by trying: it is called with a model folder, and its last line is a number, "
+            "or a JSON mapping of tasks to numbers; more is better.",
+        ),
+    ] = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes per weights file.")] = "5GB",
     device: Annotated[str | None, typer.Option("--device", help="Where to compute, e.g. cuda. [default: cpu]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A linear system that is not solved to its tolerance is an error.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
     json: Json = False,
@@ -68,10 +80,13 @@ def merge(
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
     recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
     budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+    from merganser.cli._evaluator import command_evaluator
     from merganser.cli._progress import Progress
-    from merganser.engine import make_plan, save
+    from merganser.engine import make_plan, resolve, save
 
     settle_process()
+    evaluator = command_evaluator(eval_cmd)
+    recipe, record = resolve(recipe, evaluator, device=device, max_memory=budget, threads=threads)
     plan = make_plan(recipe, threads=threads, max_memory=budget)
     for text in () if quiet else plan.warnings:
         print(f"warning: {escape(text)}", file=sys.stderr)
@@ -81,8 +96,10 @@ def merge(
             out,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
+            record=record,
             device=device,
             allow_nonfinite=allow_nonfinite,
+            require_convergence=strict,
             progress=progress,
         )
     for text in () if quiet else outcome.warnings[len(plan.warnings) :]:
@@ -95,6 +112,7 @@ def merge(
                 "bytes_written": plan.bytes_written,
                 "coverage": _coverage(plan),
                 "report": outcome.report,
+                "search": dict(record),
                 "warnings": list(outcome.warnings),
             }
         )

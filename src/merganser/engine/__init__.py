@@ -1,11 +1,13 @@
 """Plan a merge, stream it, commit it."""
 
+from merganser.engine._api import merge
 from merganser.engine._card import describe_method
 from merganser.engine._commit import check_output
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, statistics
-from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, merge, save, to_memory
+from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
+from merganser.engine._search import Evaluator, FolderEvaluator, resolve
 from merganser.engine._stream import Stream
 from merganser.engine._tensor import Input, TensorPlan
 
@@ -13,7 +15,9 @@ __all__ = [
     "DEFAULT_MEMORY",
     "DEFAULT_SHARD",
     "Difference",
+    "Evaluator",
     "Executor",
+    "FolderEvaluator",
     "Input",
     "LocalThreads",
     "Outcome",
@@ -29,6 +33,7 @@ __all__ = [
     "group_of",
     "make_plan",
     "merge",
+    "resolve",
     "save",
     "statistics",
     "to_memory",

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +220,13 @@ class FolderOutput:
         for part in self._parts if output is None else (self._parts[output],):
             self._writers[part, self._of[name]].write(name, start, piece)
 
-    def commit(self, warnings: Sequence[str], seconds: float) -> list[str]:
+    def commit(self, warnings: Sequence[str], seconds: float, record: Mapping[str, Any]) -> list[str]:
         """Finish the folder and rename it to its place.
+
+        Args:
+            warnings: for the lock file.
+            seconds: for the lock file.
+            record: what a search tried, for the lock file.
 
         Returns:
             Warnings about what was changed on the way, such as removed configuration keys.
@@ -251,7 +256,8 @@ class FolderOutput:
         configs = [] if config is None else [f"{part}config.json" for part in self._parts]
         last = [LOCK_FILE, *configs]
         files = sorted(str(p.relative_to(self._partial)) for p in self._partial.rglob("*") if p.is_file())
-        self._json(LOCK_FILE, lock_data(plan, [*warnings, *notes], seconds) | {"files": sorted({*files, *last})})
+        lock = lock_data(plan, [*warnings, *notes], seconds) | ({"search": dict(record)} if record else {})
+        self._json(LOCK_FILE, lock | {"files": sorted({*files, *last})})
         for name in configs:
             self._json(name, config)
         self._rename(self._partial)

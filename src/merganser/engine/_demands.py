@@ -125,6 +125,13 @@ class Demands:
             RecipeError: E0308, E0305.
         """
         recipe = self._recipe
+        if "evaluator" in requires:
+            raise RecipeError(
+                "E0308",
+                f"`{method.name}` tries merges before it knows its plan",
+                places=Place(file=recipe.file, key="merge_method"),
+                fix="merge with an evaluator (evaluator=, or --eval-cmd)",
+            )
         if "base" in requires and recipe.base is None:
             raise RecipeError(
                 "E0308",

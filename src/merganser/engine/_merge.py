@@ -1,24 +1,23 @@
-"""`merge`: models in, a model out."""
+"""Carrying out a plan: into memory, or into a folder."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from merganser._torch import torch
 from merganser.engine._commit import FolderOutput, check_output
 from merganser.engine._executor import Executor, LocalThreads
-from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
+from merganser.engine._plan import Plan
+from merganser.engine._solved import unsolved_systems
 from merganser.engine._stream import Sink, Stream
-from merganser.errors import EnvironmentFault, escape
-from merganser.methods import Method
-from merganser.recipe import simple_recipe
+from merganser.errors import EnvironmentFault, NumericError, Place, escape
 
-__all__ = ["DEFAULT_SHARD", "Outcome", "all_to_memory", "execute", "merge", "save", "to_memory"]
+__all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory"]
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -79,6 +78,7 @@ def execute(
     *,
     device: str | torch.device | None = None,
     allow_nonfinite: bool = False,
+    require_convergence: bool = False,
     executor: Executor | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Findings:
@@ -89,6 +89,7 @@ def execute(
         sink: where the merged elements go.
         device: where the arithmetic happens; the CPU if None.
         allow_nonfinite: take NaN and infinite values as they are.
+        require_convergence: whether a system that was not solved to its tolerance is an error, not a warning.
         executor: runs the blocks; by default the plan's number of threads.
         progress: called from any thread with the number of bytes just read and the tensor's name.
 
@@ -96,7 +97,7 @@ def execute(
         Warnings about what was noticed while reading, and the method's report.
 
     Raises:
-        NumericError: a value that is not finite, in an input or in the result.
+        NumericError: a value that is not finite, in an input or in the result; E0605 with `require_convergence`.
         InputError: an input changed while it was read.
     """
     executor = executor or LocalThreads(plan.threads)
@@ -110,10 +111,16 @@ def execute(
         progress=progress,
     )
     try:
-        return _run(plan, stream, sink)
+        found = _run(plan, stream, sink)
     finally:
         for checkpoint in plan.checkpoints:
             checkpoint.close()
+    unsolved = unsolved_systems(found.report)
+    if unsolved and require_convergence:
+        raise NumericError("E0605", unsolved.text, places=Place(tensor=unsolved.worst), fix=unsolved.fix)
+    if unsolved:
+        found.warnings.append(unsolved.text)
+    return found
 
 
 def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
@@ -163,6 +170,7 @@ def save(
     *,
     shard_bytes: int = DEFAULT_SHARD,
     overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> Outcome:
     """Carry out a plan into a folder (or one ``.safetensors`` file), which appears only when it is complete.
@@ -172,6 +180,7 @@ def save(
         out: the folder, which must not exist.
         shard_bytes: bytes per weights file.
         overwrite: replace a folder that an earlier merge made.
+        record: what a search tried, for the lock file.
         **run: as for `execute`.
 
     Raises:
@@ -185,116 +194,22 @@ def save(
         found = execute(plan, output, **run)
         seconds = time.monotonic() - started
         warnings = [*plan.warnings, *found.warnings]
-        warnings += output.commit(warnings, seconds)
+        warnings += output.commit(warnings, seconds, record or {})
     return Outcome(target, time.monotonic() - started, tuple(warnings), found.report)
 
 
-@overload
-def merge(
-    models: Sequence[Any],
-    *,
-    base: Any = ...,
-    method: str | Method,
-    weights: Sequence[float] | None = ...,
-    statistics: Sequence[Any] | None = ...,
-    init: Any = ...,
-    dtype: str | torch.dtype | None = ...,
-    seed: int = ...,
-    device: str | torch.device | None = ...,
-    out: None = ...,
-    **options: Any,
-) -> dict[str, torch.Tensor]: ...
-
-
-@overload
-def merge(
-    models: Sequence[Any],
-    *,
-    base: Any = ...,
-    method: str | Method,
-    weights: Sequence[float] | None = ...,
-    statistics: Sequence[Any] | None = ...,
-    init: Any = ...,
-    dtype: str | torch.dtype | None = ...,
-    seed: int = ...,
-    device: str | torch.device | None = ...,
-    out: str | os.PathLike[str],
-    **options: Any,
-) -> Path: ...
-
-
-def merge(
-    models: Sequence[Any],
-    *,
-    base: Any = None,
-    method: str | Method,
-    weights: Sequence[float] | None = None,
-    statistics: Sequence[Any] | None = None,
-    init: Any = None,
-    dtype: str | torch.dtype | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    out: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> Any:
-    """Merge models.
-
-    Args:
-        models: paths, state dicts, modules or checkpoints, in any mix. They are never modified.
-        base: the model that they were fine-tuned from, for methods that need it.
-        method: a registry name (`merganser methods` lists them), or a method object.
-        weights: one number per model; 1 each if None. Averages normalise them, sums of task vectors do not.
-        statistics: one per model (files or `Statistics`), for methods that need them; the base's may come before them.
-        init: where iterative methods start: a registry name, a method object, or weights (path or state dict).
-        dtype: type of the result; that of the inputs if None (the wider, where they differ).
-        seed: of random masks.
-        device: where the arithmetic happens; the CPU if None.
-        out: a folder to write, which must not exist, or a name that ends in ``.safetensors``. Streams in about
-            1 GB of memory, whatever the size of the models.
-        **options: options of the method, checked at once.
-
-    Returns:
-        The merged state dict, or the path `out`. Methods with several results return a list with one state dict per
-        model (`emr`), or a dict of them (`mats` with `keep`, by iteration); in `out` each has a folder of its own.
-
-    Raises:
-        MerganserError: with a code, the place, the cause and a fix.
-
-    Complexity: O(models x elements) per pass; arithmetic in float32 (float64 for float64 inputs), rounded once.
-    """
-    recipe = simple_recipe(
-        models,
-        base=base,
-        method=method,
-        weights=weights,
-        statistics=statistics,
-        init=init,
-        options=options,
-        dtype=None if dtype is None else str(dtype),
-        seed=seed,
-    )
-    plan = make_plan(recipe, max_memory=DEFAULT_MEMORY)
-    if out is not None:
-        return save(plan, out, device=device).out
-    if not plan.outputs:
-        return to_memory(plan, device=device)
-    several = all_to_memory(plan, device=device)
-    return several if plan.one_per_model else dict(zip(plan.outputs, several, strict=True))
-
-
 def to_memory(plan: Plan, **run: Any) -> dict[str, torch.Tensor]:
-    """Carry out a plan with one output into a state dict; tied names share one tensor."""
-    (state,) = all_to_memory(plan, **run)
-    return state
+    """Carry out a plan into a state dict (the first, if it has several outputs); tied names share one tensor."""
+    return in_memory(plan, **run)[0][0]
 
 
-def all_to_memory(plan: Plan, **run: Any) -> list[dict[str, torch.Tensor]]:
-    """Carry out a plan into a state dict for each of its outputs; tied names share one tensor."""
+def in_memory(plan: Plan, **run: Any) -> tuple[list[dict[str, torch.Tensor]], Findings]:
+    """A state dict for each of a plan's outputs, and what was noticed."""
     sink = _MemorySink(plan)
-    execute(plan, sink, **run)
+    found = execute(plan, sink, **run)
     order = {name: i for i, name in enumerate(plan.donor.specs())}
     results = []
     for tensors in sink.outputs:
         result = tensors | {alias: tensors[owner] for alias, owner in plan.aliases.items()}
         results.append(dict(sorted(result.items(), key=lambda item: order.get(item[0], len(order)))))
-    return results
+    return results, found

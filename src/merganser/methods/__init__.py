@@ -4,16 +4,20 @@ from merganser.methods._base import About, Block, BlockKey, Context, Method, Tra
 from merganser.methods._compose import Composed
 from merganser.methods._options import list_option, method_option, option, option_info, option_name, per_model
 from merganser.methods._registry import all_methods, create_method, find_method
+from merganser.methods._search import Choice, Search, Trials
 
 __all__ = [
     "About",
     "Block",
     "BlockKey",
+    "Choice",
     "Composed",
     "Context",
     "Method",
+    "Search",
     "TransformedBlock",
     "TransformedContext",
+    "Trials",
     "all_methods",
     "create_method",
     "find_method",

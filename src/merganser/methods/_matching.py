@@ -12,6 +12,11 @@ from merganser.solvers import Solution
 
 __all__ = ["as_matrix", "from_matrix", "matrix_elements", "mean_model", "metric", "report", "rescaled"]
 
+_ASYMMETRY = 1e-4
+"""Largest difference of two mirrored entries, relative to the largest entry."""
+_ROUNDING = 1e-6
+"""Negative eigenvalues of this size, relative to the trace, come from rounding in float32."""
+
 
 def as_matrix(block: Block, x: torch.Tensor) -> torch.Tensor:
     """The flat block as the weight ``[out, in]`` of a linear map; the inputs of a convolution are its patches."""
@@ -54,13 +59,35 @@ def metric(block: Block, objective: str, index: int) -> Operator | None:
     gram = None if block.spec.role is Role.EMBEDDING else block.statistic("gram", index)
     if gram is None:
         return None
+    _check_gram(block, "gram", index, gram)
+    if not gram.any():
+        raise block.fault("gram", index, f"the Gram matrix of `{block.spec.name}` is zero: no input ever reached it")
     rows_out, columns = shape[0], math.prod(shape[1:])
     if block.transposed:
         rows_out, columns = columns, rows_out
     if objective == "gram":
         return Gram(gram, rows_out)
     output = block.statistic("output_gram", index)
-    return None if output is None else Kronecker(gram, output)
+    if output is None:
+        return None
+    _check_gram(block, "output_gram", index, output)
+    return Kronecker(gram, output)
+
+
+def _check_gram(block: Block, kind: str, index: int, matrix: torch.Tensor) -> None:
+    """Refuse a matrix that no Gram matrix can be: asymmetric or indefinite beyond the rounding of its sum.
+
+    Raises:
+        NumericError: E0604.
+    """
+    what = f"the {kind} of `{block.spec.name}`"
+    size = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if float((matrix - matrix.mT).abs().max() if size else 0.0) > _ASYMMETRY * size:
+        raise block.fault(kind, index, f"{what} is not symmetric")
+    shifted = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    shifted.diagonal().add_(_ROUNDING * matrix.diagonal().abs().sum() + torch.finfo(shifted.dtype).tiny)
+    if int(torch.linalg.cholesky_ex(shifted).info):
+        raise block.fault(kind, index, f"{what} has negative eigenvalues, which no sum of squares has")
 
 
 def _sizes(block: Block) -> tuple[int, ...] | None:

@@ -197,7 +197,10 @@ def _method(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value:
             places=Place(key=name),
         )
     try:
-        return create_method(value, options)
+        found = create_method(value, options)
+        if "evaluator" in found.needs:
+            raise RecipeError("E0306", f"`{value}` chooses merges, and cannot be part of one")
+        return found
     except RecipeError as error:
         raise RecipeError(
             error.code, f"in `{name}`: {error.message}", places=Place(key=name), why=error.why, fix=error.fix

@@ -2,7 +2,7 @@
 
 from merganser.recipe._load import load_recipe
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source, filters_of, same_model, simple_recipe
-from merganser.recipe._settings import Parameters, Setting
+from merganser.recipe._settings import Parameters, Setting, constant
 from merganser.recipe._yaml import parse_scalar
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Setting",
     "Slice",
     "Source",
+    "constant",
     "filters_of",
     "load_recipe",
     "parse_scalar",

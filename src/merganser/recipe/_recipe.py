@@ -156,6 +156,25 @@ class Recipe:
             raise RecipeError("E0305", "options are given both in the method and beside it")
         return method, self._weights(shared, sources, names, output, position)
 
+    def constant_method(self) -> Method:
+        """The method with those of its options that are the same everywhere."""
+        if isinstance(self.method, Method):
+            return self.method
+        options = {
+            key: unwrap(setting.at("", 0.0))
+            for key, setting in self.parameters.items()
+            if key != "weight" and setting.is_constant()
+        }
+        try:
+            return create_method(self.method, options)
+        except RecipeError as error:
+            raise self.located(error) from None
+
+    def constant_weights(self) -> tuple[float, ...]:
+        """The weights of the models of the first slice, where they are the same everywhere."""
+        part = self.slices[0]
+        return self._weights([part.parameters, self.parameters], part.sources, [""] * len(part.sources), "", 0.0)
+
     def _of_rule(self, rule: Rule, output: str, position: float) -> Method:
         """A rule's method; the settings of single models are those of the recipe's method."""
         if isinstance(rule.method, Method):

@@ -1,0 +1,128 @@
+"""`merge`: models in, a model out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from merganser._torch import torch
+from merganser.engine._merge import in_memory, save
+from merganser.engine._plan import DEFAULT_MEMORY, make_plan
+from merganser.engine._search import Evaluator, resolve
+from merganser.methods import Method
+from merganser.recipe import simple_recipe
+
+__all__ = ["merge"]
+
+_log = logging.getLogger("merganser")
+
+
+@overload
+def merge(
+    models: Sequence[Any],
+    *,
+    base: Any = ...,
+    method: str | Method,
+    weights: Sequence[float] | None = ...,
+    statistics: Sequence[Any] | None = ...,
+    init: Any = ...,
+    dtype: str | torch.dtype | None = ...,
+    seed: int = ...,
+    device: str | torch.device | None = ...,
+    out: None = ...,
+    require_convergence: bool = ...,
+    evaluator: Evaluator | None = ...,
+    **options: Any,
+) -> dict[str, torch.Tensor]: ...
+
+
+@overload
+def merge(
+    models: Sequence[Any],
+    *,
+    base: Any = ...,
+    method: str | Method,
+    weights: Sequence[float] | None = ...,
+    statistics: Sequence[Any] | None = ...,
+    init: Any = ...,
+    dtype: str | torch.dtype | None = ...,
+    seed: int = ...,
+    device: str | torch.device | None = ...,
+    out: str | os.PathLike[str],
+    require_convergence: bool = ...,
+    evaluator: Evaluator | None = ...,
+    **options: Any,
+) -> Path: ...
+
+
+def merge(
+    models: Sequence[Any],
+    *,
+    base: Any = None,
+    method: str | Method,
+    weights: Sequence[float] | None = None,
+    statistics: Sequence[Any] | None = None,
+    init: Any = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    out: str | os.PathLike[str] | None = None,
+    require_convergence: bool = False,
+    evaluator: Evaluator | None = None,
+    **options: Any,
+) -> Any:
+    """Merge models.
+
+    Args:
+        models: paths, state dicts, modules or checkpoints, in any mix. They are never modified.
+        base: the model that they were fine-tuned from, for methods that need it.
+        method: a registry name (`merganser methods` lists them), or a method object.
+        weights: one number per model; 1 each if None. Averages normalise them, sums of task vectors do not.
+        statistics: one per model (files or `Statistics`), for methods that need them; the base's may come before them.
+        init: where iterative methods start: a registry name, a method object, or weights (path or state dict).
+        dtype: type of the result; that of the inputs if None (the wider, where they differ).
+        seed: of random masks.
+        device: where the arithmetic happens; the CPU if None.
+        out: a folder to write, which must not exist, or a name that ends in ``.safetensors``. Streams in about
+            1 GB of memory, whatever the size of the models.
+        require_convergence: whether a system that was not solved to its tolerance is an error, not a warning.
+        evaluator: for methods that choose by trying: a function of a merged state dict that returns a number, or one
+            per task; more is better.
+        **options: options of the method, checked at once.
+
+    Returns:
+        The merged state dict, or the path `out`. Methods with several results return a list with one state dict per
+        model (`emr`), or a dict of them (`mats` with `keep`, by iteration); in `out` each has a folder of its own.
+
+    Raises:
+        MerganserError: with a code, the place, the cause and a fix.
+
+    Complexity: O(models x elements) per pass; arithmetic in float32 (float64 for float64 inputs), rounded once.
+    """
+    recipe = simple_recipe(
+        models,
+        base=base,
+        method=method,
+        weights=weights,
+        statistics=statistics,
+        init=init,
+        options=options,
+        dtype=None if dtype is None else str(dtype),
+        seed=seed,
+    )
+    recipe, record = resolve(recipe, evaluator, device=device)
+    plan = make_plan(recipe, max_memory=DEFAULT_MEMORY)
+    if out is not None:
+        outcome = save(plan, out, record=record, device=device, require_convergence=require_convergence)
+        for text in outcome.warnings:
+            _log.warning(text)
+        return outcome.out
+    several, findings = in_memory(plan, device=device, require_convergence=require_convergence)
+    for text in (*plan.warnings, *findings.warnings):
+        _log.warning(text)
+    if not plan.outputs:
+        return several[0]
+    return several if plan.one_per_model else dict(zip(plan.outputs, several, strict=True))

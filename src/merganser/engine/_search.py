@@ -1,0 +1,181 @@
+"""Searching methods: merges that are tried and measured before the one that counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merganser._torch import torch
+from merganser.engine._merge import save, to_memory
+from merganser.engine._plan import DEFAULT_MEMORY, make_plan
+from merganser.errors import Place, RecipeError, UsageError
+from merganser.methods import Method
+from merganser.methods._search import Search
+from merganser.recipe import Recipe, Slice, constant
+
+__all__ = ["Evaluator", "FolderEvaluator", "resolve"]
+
+Evaluator = Callable[[dict[str, "torch.Tensor"]], Any]
+"""From merged tensors to a number, or to one per task (a number, or a mapping of metrics); more is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderEvaluator:
+    """An evaluator that wants the candidate as a model folder, which is removed afterwards."""
+
+    evaluate: Callable[[Path], Any]
+
+
+def resolve(
+    recipe: Recipe,
+    evaluator: Evaluator | FolderEvaluator | None,
+    *,
+    device: str | torch.device | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+) -> tuple[Recipe, Mapping[str, Any]]:
+    """The recipe with a merge in the place of a search, and what the search tried; other recipes as they are.
+
+    Raises:
+        RecipeError: E0308 (no evaluator), E0305 (an evaluator without use), E0310 (a search over slices).
+        UsageError: E0201, the evaluator returns something else than numbers.
+    """
+    probe = recipe.method if isinstance(recipe.method, Method) else recipe.constant_method()
+    if not isinstance(probe, Search):
+        if evaluator is not None:
+            raise RecipeError("E0305", f"`{probe.name}` does not use an evaluator", places=Place(key="evaluator"))
+        return recipe, {}
+    if evaluator is None:
+        raise RecipeError(
+            "E0308",
+            f"`{probe.name}` tries merges and needs an evaluator that measures them",
+            places=Place(file=recipe.file, key="evaluator"),
+            fix="give evaluator=, a function of the merged state dict that returns a number (more is better), or "
+            "--eval-cmd COMMAND",
+        )
+    if len(recipe.slices) != 1 or not recipe.is_uniform():
+        raise RecipeError(
+            "E0310",
+            f"`{probe.name}` merges whole models with the same options everywhere",
+            places=Place(file=recipe.file, key="slices"),
+        )
+    trials = _Trials(recipe, evaluator, device, max_memory, threads)
+    trials.check(probe)
+    choice = probe.search(trials)
+    return trials.recipe(choice.method, choice.weights, choice.members), dict(choice.record)
+
+
+class _Trials:
+    """Makes merges of some of the models, each once, and asks the evaluator."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        evaluator: Evaluator | FolderEvaluator,
+        device: str | torch.device | None,
+        max_memory: int,
+        threads: int | None,
+    ) -> None:
+        self._recipe = recipe
+        self._evaluator = evaluator
+        self._run: dict[str, Any] = {"device": device}
+        self._plan: dict[str, Any] = {"max_memory": max_memory, "threads": threads}
+        self._known: dict[Any, Mapping[str, float]] = {}
+        sources = recipe.slices[0].sources
+        self.models = len(sources)
+        self.labels = tuple(_label(source.model, index) for index, source in enumerate(sources))
+        self.weights = recipe.constant_weights()
+
+    def check(self, method: Search) -> None:
+        """What the method asks of the number of models and their weights."""
+        method.check(self.models, self.weights)
+        if "base" in method.requires(self.models) and self._recipe.base is None:
+            raise RecipeError(
+                "E0308",
+                f"`{method.name}` needs the base model that the others were fine-tuned from",
+                places=Place(file=self._recipe.file, key="base_model"),
+                fix="give it with --base, `base_model:` or base=",
+            )
+
+    def recipe(
+        self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
+    ) -> Recipe:
+        """The recipe of one merge."""
+        sources = self._recipe.slices[0].sources
+        chosen = [sources[index] for index in (range(self.models) if members is None else members)]
+        numbers = [1.0] * len(chosen) if weights is None else list(weights)
+        weighted = [
+            dataclasses.replace(source, parameters=constant({"weight": number}))
+            for source, number in zip(chosen, numbers, strict=True)
+        ]
+        return dataclasses.replace(self._recipe, slices=(Slice(tuple(weighted)),), method=method, parameters={})
+
+    def scores(
+        self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
+    ) -> Mapping[str, float]:
+        """The evaluator's numbers, from an earlier trial if it was the same."""
+        key = (method, None if weights is None else tuple(weights), None if members is None else tuple(members))
+        if key not in self._known:
+            self._known[key] = as_scores(self._measure(self.recipe(method, weights, members)))
+        return self._known[key]
+
+    def score(
+        self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
+    ) -> float:
+        """The mean over the tasks."""
+        scores = self.scores(method, weights, members)
+        return math.fsum(scores.values()) / len(scores)
+
+    def state(
+        self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The merged tensors."""
+        return to_memory(make_plan(self.recipe(method, weights, members), **self._plan), **self._run)
+
+    def evaluate(self, state: Mapping[str, torch.Tensor]) -> Any:
+        """What the evaluator says of any tensors."""
+        if isinstance(self._evaluator, FolderEvaluator):
+            raise UsageError("E0201", "this method needs an evaluator of tensors: use it from Python, with evaluator=")
+        return self._evaluator(dict(state))
+
+    def _measure(self, recipe: Recipe) -> Any:
+        plan = make_plan(recipe, **self._plan)
+        if not isinstance(self._evaluator, FolderEvaluator):
+            return self._evaluator(to_memory(plan, **self._run))
+        with tempfile.TemporaryDirectory(prefix="merganser-trial-") as folder:
+            return self._evaluator.evaluate(save(plan, Path(folder) / "model", **self._run).out)
+
+
+def as_scores(value: Any) -> dict[str, float]:
+    """What an evaluator returned, as one number per task.
+
+    A task's value is a number, or a mapping of metrics of which the first counts (`n` is no metric).
+
+    Raises:
+        UsageError: E0201.
+    """
+    tasks = value if isinstance(value, Mapping) else {"score": value}
+    scores = {}
+    for task, found in tasks.items():
+        if isinstance(found, Mapping):
+            found = next((number for metric, number in found.items() if metric != "n"), None)
+        try:
+            scores[str(task)] = float(found)
+        except (TypeError, ValueError):
+            scores = {}
+            break
+    if not scores or not all(math.isfinite(number) for number in scores.values()):
+        raise UsageError(
+            "E0201",
+            f"the evaluator returned {value!r}; it must return a finite number, or one per task",
+            fix="more is better: return an accuracy, or minus a loss",
+        )
+    return scores
+
+
+def _label(model: Any, index: int) -> str:
+    return Path(model).name if isinstance(model, str | Path) else f"models[{index}]"

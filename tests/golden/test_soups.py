@@ -1,0 +1,47 @@
+"""Soups beside the authors' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import merganser as mg
+from tests.golden.conftest import State, assert_close
+
+Load = Callable[[str], State]
+
+
+def toy(golden: Load) -> tuple[list[State], Callable[[State], float], State]:
+    """Six linear classifiers, their accuracy on the stored data, and all that is stored."""
+    data = golden("curvature/soups/toy.safetensors")
+    models = [{k: data[f"model{i}.{k}"] for k in ("w", "b")} for i in range(6)]
+
+    def accuracy(state: State) -> float:
+        found = (data["X"] @ state["w"].T + state["b"]).argmax(1)
+        return float((found == data["Y"]).double().mean())
+
+    return models, accuracy, data
+
+
+@pytest.mark.parametrize(("strict", "case"), [(True, "greedy_strict"), (False, "greedy_ge")])
+def test_greedy_soups(golden: Load, strict: bool, case: str) -> None:
+    models, accuracy, data = toy(golden)
+    tried: list[float] = []
+
+    def evaluator(state: State) -> float:
+        tried.append(accuracy(state))
+        return tried[-1]
+
+    merged = mg.merge(models, method="greedy_soup", evaluator=evaluator, strict=strict)
+    assert_close(merged, {k: data[f"{case}.{k}"] for k in ("w", "b")}, 1e-12)
+    # model 2 is a copy of model 5: adding the second of them raises nothing, and which comes first is the rule's
+    assert tried[6:] == ([0.555, 0.56, 0.55, 0.575, 0.605] if strict else tried[6:])
+    assert len(tried) == 11
+
+
+def test_the_average_is_the_uniform_soup(golden: Load) -> None:
+    models, _, data = toy(golden)
+    assert_close(mg.merge(models, method="average"), {k: data[f"uniform.{k}"] for k in ("w", "b")}, 1e-12)
+    assert torch.equal(models[2]["w"], models[5]["w"])  # a copy, so that scores tie
