@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser as mg
-from merganser.engine import LocalThreads, execute, make_plan
+from merganser.engine import LocalThreads, execute, make_plan, resolve
 from merganser.engine._merge import _MemorySink
 from merganser.errors import MerganserError
 from merganser.methods import all_methods
@@ -184,6 +184,8 @@ def test_same_bits_for_any_blocks_threads_and_source(
     rest = {k: v for k, v in options.items() if k != "weights"}
     known = statistics_for(method, 2)
     recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, statistics=known, options=rest)
+    evaluator = size if "evaluator" in all_methods()[method].needs else None
+    recipe, _ = resolve(recipe, evaluator)
     results = []
     for elements, threads in ((1 << 14, 1), (1 << 14, 3), (1 << 20, 2)):
         plan = make_plan(recipe, threads=threads)
@@ -196,7 +198,9 @@ def test_same_bits_for_any_blocks_threads_and_source(
         files.append(tmp_path / f"{index}.safetensors")
         save_file(dict(reversed(state.items())), files[-1])
     target = tmp_path / "out.safetensors"
-    out = mg.merge(files[1:], base=files[0], method=method, statistics=known, out=target, **options)
+    out = mg.merge(
+        files[1:], base=files[0], method=method, statistics=known, out=target, evaluator=evaluator, **options
+    )
     results.append(load_file(out))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
