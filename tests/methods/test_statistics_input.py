@@ -188,3 +188,8 @@ def test_the_command_line_warns_and_is_strict(tmp_path: Path, cli: Cli) -> None:
     assert "did not reach their tolerance" in done.err
     cli(*command, "-o", tmp_path / "strict.safetensors", "--strict").failed("E0605", NAME)
     assert not (tmp_path / "strict.safetensors").exists()
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "none"}, {"recipe": "paper"}], ids=str)
+def test_the_identity_needs_no_statistics_and_gives_the_mean(options: dict[str, Any]) -> None:
+    merged = mg.merge([A, B], base=state(0), method="mats", objective="identity", **options)
+    for name, value in merged.items():
+        assert torch.allclose(value, (A[name] + B[name]) / 2, atol=1e-6)

@@ -151,7 +151,7 @@ class MaTS(Method, name="mats"):
     def _solver(self) -> Solver:
         if self.solver == "exact":
             return Direct()
-        kronecker = self.objective in ("kfac", "gram", "identity")
+        kronecker = self.objective in ("kfac", "gram")
         preconditioner: Preconditioner | None = None
         if self.preconditioner != "none":
             preconditioner = EKron() if kronecker and self.preconditioner == "ekron" else Jacobi()
