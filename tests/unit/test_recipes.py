@@ -662,6 +662,40 @@ def test_a_recipe_and_a_call_are_the_same(folder: Path, cli: Cli) -> None:
     assert same(merged(cli, text), call)
 
 
+MATS = f"merge_method: mats\nbase_model: base\n{MODELS}parameters: {{objective: identity, iterations: 0}}\n"
+
+
+@pytest.mark.parametrize(
+    ("init", "scale"), [("{method: task_arithmetic, lambda: 0.2}", 0.2), ("task_arithmetic", 0.3), ("pretrained", 0.0)]
+)
+def test_an_initialisation_is_a_method_with_options(init: str, scale: float, folder: Path, cli: Cli) -> None:
+    truth = mg.merge(["a", "b"], base="base", method="task_arithmetic", scale=scale)
+    result = merged(cli, f"{MATS}init: {init}\n")
+    assert all(torch.allclose(value, truth[name], atol=1e-6) for name, value in result.items())
+    lock = json.loads(Path("out0/merge.lock.json").read_text())
+    assert lock["recipe"]["init"]["options"]["scale"] == scale
+
+
+def test_an_initialisation_is_a_model(folder: Path, cli: Cli) -> None:
+    assert same(merged(cli, f"{MATS}init: c\n"), read_model(Path("c")))
+    assert json.loads(Path("out0/merge.lock.json").read_text())["recipe"]["init"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("init", "code", "mention"),
+    [
+        ("{scale: 0.2}", "E0303", "`method`"),
+        ("{method: 3}", "E0303", "`method`"),
+        ("{method: tasks}", "E0304", "`tasks`"),
+        ("{method: task_arithmetic, scael: 0.2}", "E0305", "`scael`"),
+        ("{method: task_arithmetic, scale: high}", "E0306", "scale"),
+        ("[0.2]", "E0303", "init"),
+    ],
+)
+def test_initialisations_that_are_none(init: str, code: str, mention: str, folder: Path, cli: Cli) -> None:
+    fails(cli, f"{MATS}init: {init}\n", code, mention, line=5)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

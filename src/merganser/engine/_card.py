@@ -66,6 +66,7 @@ def lock_data(plan: Plan, warnings: list[str], seconds: float) -> dict[str, Any]
                 }
                 for method, tensors in groups
             ],
+            "init": _init(plan),
             "seed": plan.recipe.seed,
             "dtype": plan.dtype_name(),
             "outputs": list(plan.outputs),
@@ -83,6 +84,13 @@ def lock_data(plan: Plan, warnings: list[str], seconds: float) -> dict[str, Any]
         "seconds": round(seconds, 3),
         "warnings": [_without_paths(plan, text) for text in warnings],
     }
+
+
+def _init(plan: Plan) -> Any:
+    """Where an iterative method started: a method with its options, or the name of a model."""
+    if plan.start is not None:
+        return describe_method(plan.start)
+    return None if plan.recipe.init is None else public_name(plan.recipe.init)
 
 
 def _public_heads(heads: str) -> str:

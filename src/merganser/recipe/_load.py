@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.errors import EnvironmentFault, Place, RecipeError, nearest, suggestion
-from merganser.methods import find_method, option_info
+from merganser.methods import create_method, find_method, option_info
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source
 from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters
 from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
@@ -135,7 +135,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
             for index, rule in enumerate(parsed.rules)
         ),
         base_statistics=parsed.base_statistics,
-        init=parsed.init,
+        init=_init(document, parsed.init),
         dtype=parsed.out_dtype or parsed.dtype,
         seed=parsed.seed,
         exclude=tuple(parsed.exclude),
@@ -148,6 +148,26 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         file=file,
         lines=_setting_lines(document),
     )
+
+
+def _init(document: Document, value: Any) -> Any:
+    """An initialisation: a word, or ``{method: name, option: value, ...}``, whose options are checked here."""
+    if not isinstance(value, dict):
+        return value
+    name = value.get("method")
+    if not isinstance(name, str):
+        raise RecipeError(
+            "E0303",
+            "`init` names no `method`",
+            places=_place(document, ("init",)),
+            fix="write `init: {method: task_arithmetic, scale: 0.3}`, or a method or a model alone",
+        )
+    options = {key: item for key, item in value.items() if key != "method"}
+    try:
+        return create_method(name, options)
+    except RecipeError as error:
+        key = (error.places[0].key if error.places else None) or "method"
+        raise _located(error, document, ("init", key if key in options else "method")) from None
 
 
 def _setting_lines(document: Document) -> dict[str, int]:

@@ -64,7 +64,9 @@ class RecipeFile(_Strict):
         default=None, description="Whose tokenizer files are taken: base or a model."
     )
     base_statistics: StrictStr | None = Field(default=None, description="Statistics file of the base.")
-    init: StrictStr | None = Field(default=None, description="Where iterative methods start: a method or a model.")
+    init: StrictStr | dict[str, Any] | None = Field(
+        default=None, description="Where iterative methods start: a method, {method, its options}, or a model."
+    )
     seed: StrictInt = Field(default=0, description="Seed of random masks.")
     exclude: list[StrictStr] = Field(
         default=[], description="Patterns of tensors that are copied from the base, not merged."
