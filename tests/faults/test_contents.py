@@ -409,6 +409,38 @@ def test_an_untied_head_is_merged_for_itself(tmp_path: Path, cli: Cli) -> None:
     assert torch.equal(merged["lm_head.weight"], (a["lm_head.weight"] + b["lm_head.weight"]) / 2)
 
 
+def t5_state(seed: int, *, head: bool) -> State:
+    g = torch.Generator().manual_seed(seed)
+    names = ["shared.weight", *(["lm_head.weight"] if head else [])]
+    return {name: torch.randn(12, 8, generator=g) for name in names}
+
+
+@pytest.mark.parametrize("base_says", [True, False])
+def test_a_t5_has_the_head_that_it_stores_whatever_its_configuration_says(
+    base_says: bool, tmp_path: Path, cli: Cli
+) -> None:
+    """transformers 5 writes that it is tied when it saves a T5 1.1, and keeps the head when it loads it again."""
+    states = [t5_state(seed, head=True) for seed in (1, 2)]
+    folders = [
+        write_model(tmp_path / name, state, {"model_type": "t5", "tie_word_embeddings": tied})
+        for name, state, tied in zip("ab", states, (base_says, True), strict=True)
+    ]
+    result = cli("merge", "-m", "average", *folders, "-o", tmp_path / "out").succeeded()
+    assert "tied" not in result.err
+    merged = read_model(tmp_path / "out")
+    for name in ("shared.weight", "lm_head.weight"):
+        assert torch.equal(merged[name], (states[0][name] + states[1][name]) / 2)
+
+
+def test_a_t5_that_stores_no_head_is_tied(tmp_path: Path, cli: Cli) -> None:
+    config = {"model_type": "t5", "tie_word_embeddings": True}
+    a = write_model(tmp_path / "a", t5_state(1, head=False), config)
+    copy = t5_state(2, head=False)
+    b = write_model(tmp_path / "b", {**copy, "lm_head.weight": copy["shared.weight"].clone()}, config)
+    cli("merge", "-m", "average", a, b, "-o", tmp_path / "out").succeeded()
+    assert set(read_model(tmp_path / "out")) == {"shared.weight"}
+
+
 def test_a_model_in_memory_keeps_its_tied_names() -> None:
     def state(seed: int) -> State:
         tensors = llama_state(seed, tied=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from merganser.blocks import Role, layer_counts
 from merganser.checkpoint import Checkpoint
 from merganser.engine._tensor import Input
-from merganser.engine._ties import SECOND_NAMES, UNTIEABLE
+from merganser.engine._ties import SECOND_NAMES, UNTIEABLE, declared_tie
 from merganser.errors import InputError, Place, escape, nearest
 
 __all__ = ["check_configs", "check_names", "check_shapes", "find_ties", "side_file_warnings"]
@@ -30,7 +30,7 @@ def find_ties(
     pairs: list[tuple[Input, Input]] = []
     for checkpoint in checkpoints:
         aliases = dict(checkpoint.aliases())
-        untied = (checkpoint.config or {}).get("tie_word_embeddings") is False
+        untied = declared_tie(checkpoint.config) is False
         for second in tied - set(aliases):
             owner = _owner(checkpoint, second)
             if owner is not None and not (untied and second in UNTIEABLE):
@@ -55,7 +55,7 @@ def _ties(checkpoint: Checkpoint, second: str, checkpoints: Sequence[Checkpoint]
     owner = _owner(checkpoint, second)
     if owner is None:
         return False
-    declared = (checkpoint.config or {}).get("tie_word_embeddings")
+    declared = declared_tie(checkpoint.config)
     elsewhere = any(second not in c.specs() and owner in c.specs() for c in checkpoints)
     return second not in UNTIEABLE or declared is True or (elsewhere and declared is not False)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
-__all__ = ["SECOND_NAMES", "UNTIEABLE", "is_second_name"]
+__all__ = ["SECOND_NAMES", "UNTIEABLE", "declared_tie", "is_second_name"]
 
 SECOND_NAMES = {
     "lm_head.weight": (
@@ -28,6 +29,20 @@ SECOND_NAMES = {
 
 UNTIEABLE = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 """Second names that a configuration may untie."""
+
+
+_ALWAYS_TRUE = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop")
+"""Architectures whose configuration says `tie_word_embeddings: true` once transformers 5 has saved it, whatever the
+model is. T5 1.1, LM-adapted T5 and mT5 have a head of their own, and it is loaded where it is stored."""
+
+
+def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
+    """Whether a configuration ties the head to the embedding; None where it says nothing that can be relied on."""
+    config = config or {}
+    declared = config.get("tie_word_embeddings")
+    if declared is True and config.get("model_type") in _ALWAYS_TRUE:
+        return None
+    return declared if isinstance(declared, bool) else None
 
 
 def is_second_name(name: str, stored: Collection[str]) -> bool:
