@@ -59,6 +59,36 @@ def test_statistics_of_unknown_layers_are_refused_with_the_nearest_name() -> Non
     assert NAME in error.why
 
 
+def renamed(tensors: State, old: str, new: str) -> State:
+    return {new + name.removeprefix(old): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "body."), ("model.", ""), ("", "wrapper.body.")], ids=["wrapped", "bare", "wrapped twice"]
+)
+def test_statistics_are_matched_although_all_names_have_another_prefix(old: str, new: str, tmp_path: Path) -> None:
+    from merganser.engine import make_plan
+    from merganser.recipe import simple_recipe
+
+    def known(number: int) -> Statistics:
+        inputs, outputs = {NAME: gram(6, number)}, {NAME: gram(8, number)}
+        return Statistics(gram=renamed(inputs, old, new), output_gram=renamed(outputs, old, new))
+
+    plain = [Statistics(gram={NAME: gram(6, i)}, output_gram={NAME: gram(8, i)}) for i in range(2)]
+    truth = mg.merge([A, B], base=state(0), method="mats", statistics=plain)
+    other = [known(i) for i in range(2)]
+    merged = mg.merge([A, B], base=state(0), method="mats", statistics=[plain[0], other[1]])
+    assert all(torch.equal(value, truth[name]) for name, value in merged.items())
+    plan = make_plan(simple_recipe([A, B], base=state(0), method="mats", statistics=other))
+    assert any("matched" in text for text in plan.warnings)
+
+
+def test_a_prefix_must_fit_every_name() -> None:
+    odd = Statistics(gram={f"body.{NAME}": gram(6), "head.weight": gram(6)})
+    assert failure([odd, odd]).code == "E0418"
+    assert failure([Statistics(gram={"weight": gram(6)})] * 2).code == "E0418"
+
+
 def test_layers_that_only_one_model_has_statistics_of_are_named() -> None:
     error = failure([Statistics(gram={NAME: gram(6)}), Statistics()])
     assert (error.code, error.places[0].tensor) == ("E0418", NAME)

@@ -10,7 +10,7 @@ from merganser.engine._compare import check_shapes
 from merganser.engine._evidence import Evidence, TensorEvidence, check_evidence, open_evidence
 from merganser.engine._init import init_method, is_method
 from merganser.engine._tensor import Input
-from merganser.errors import InputError, Place, RecipeError
+from merganser.errors import InputError, Place, RecipeError, escape
 from merganser.methods import Method
 from merganser.recipe import Recipe, Slice, Source, same_model
 from merganser.statistics import TABLES
@@ -75,8 +75,14 @@ class Demands:
                 if source.statistics is not None:
                     label = f"statistics[{number}]" if index == 0 else f"statistics[{index}, {number}]"
                     checkpoint = self._models.open(source.model)
-                    opened[id(source)] = open_evidence(source.statistics, label)
-                    check_evidence(opened[id(source)], checkpoint.specs(), checkpoint.label)
+                    evidence = opened[id(source)] = open_evidence(source.statistics, label)
+                    if evidence.fit(checkpoint.specs()):
+                        more, prefix = ("less", evidence.lacks) if evidence.lacks else ("more", evidence.adds)
+                        self.warnings.append(
+                            f"{evidence.label}: the names have `{escape(prefix)}` {more} than those of the weights in "
+                            f"{checkpoint.label}, and are matched without it"
+                        )
+                    check_evidence(evidence, checkpoint.specs(), checkpoint.label)
         return opened
 
     def members(self, part: Slice) -> tuple[Source, ...]:

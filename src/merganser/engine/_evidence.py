@@ -23,21 +23,37 @@ _KEPT = 4
 
 
 class Evidence:
-    """The statistics of one model, of which a few tensors at a time are in memory."""
+    """The statistics of one model, of which a few tensors at a time are in memory.
+
+    Attributes:
+        lacks: what the names of the weights begin with, and those in the statistics do not.
+        adds: what the names in the statistics begin with, and those of the weights do not.
+    """
 
     def __init__(self, statistics: Statistics, label: str) -> None:
         self.label = label
         self.statistics = statistics
+        self.lacks = ""
+        self.adds = ""
         self._recent: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def kinds(self, name: str) -> frozenset[str]:
         """The kinds of statistics that there are of a weight."""
-        return frozenset(kind for kind in TABLES if name in self.statistics.table(kind))
+        own = self._own(name)
+        return frozenset(kind for kind in TABLES if own in self.statistics.table(kind))
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """The shape of a statistic."""
-        return self.statistics.describe(kind, name)[0]
+        return self.statistics.describe(kind, self._own(name))[0]
+
+    def transposed(self, name: str) -> bool:
+        """Whether a weight is stored as (in, out)."""
+        return self._own(name) in self.statistics.transposed
+
+    def _own(self, name: str) -> str:
+        """A weight's name in the statistics; empty if it cannot be there."""
+        return self.adds + name.removeprefix(self.lacks) if name.startswith(self.lacks) else ""
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """A statistic. The last few are kept, because blocks of one tensor ask for the same one."""
@@ -46,7 +62,7 @@ class Evidence:
             if key in self._recent:
                 self._recent.move_to_end(key)
                 return self._recent[key]
-        value = self.statistics.table(kind)[name]
+        value = self.statistics.table(kind)[self._own(name)]
         with self._lock:
             self._recent[key] = value
             while len(self._recent) > _KEPT:
@@ -55,7 +71,41 @@ class Evidence:
 
     def names(self) -> set[str]:
         """All weights that are described."""
-        return {name for kind in TABLES for name in self.statistics.table(kind)}
+        own = {name for kind in TABLES for name in self.statistics.table(kind)}
+        return {self.lacks + name.removeprefix(self.adds) for name in own}
+
+    def fit(self, specs: Mapping[str, BlockSpec]) -> bool:
+        """Find the one prefix that turns all names in the statistics into names of weights, or the other way round.
+
+        A model within a module of the user's has longer names than in its own file. Releases of transformers differ:
+        CLIP's vision model is saved with or without ``vision_model.``.
+
+        Returns:
+            Whether such a prefix was needed and found.
+        """
+        names = self.names()
+        stranger = next((name for name in sorted(names) if not _is_weight(name, specs)), None)
+        if stranger is None:
+            return False
+        found = []
+        for name in specs:
+            lacks, adds = _prefix(name, stranger), _prefix(stranger, name)
+            if (lacks or adds) and all(
+                own.startswith(adds) and _is_weight(lacks + own.removeprefix(adds), specs) for own in names
+            ):
+                found.append((lacks, adds))
+        if len(found) == 1:
+            self.lacks, self.adds = found[0]
+        return len(found) == 1
+
+
+def _prefix(longer: str, shorter: str) -> str:
+    """What `longer` begins with, if `shorter` is the rest of it after a dot; else nothing."""
+    return longer.removesuffix(shorter) if longer.endswith(f".{shorter}") else ""
+
+
+def _is_weight(name: str, specs: Mapping[str, BlockSpec]) -> bool:
+    return name in specs or is_second_name(name, specs)
 
 
 @dataclass(frozen=True)
@@ -73,7 +123,7 @@ class TensorEvidence:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored as (in, out)."""
-        return self.name in self.evidence.statistics.transposed
+        return self.evidence.transposed(self.name)
 
     def numel(self) -> int:
         """The number of elements of all of them together."""
@@ -120,7 +170,7 @@ def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: st
             )
         for kind in sorted(evidence.kinds(name)):
             found = evidence.shape(kind, name)
-            expected = _expected(kind, specs[name].shape, name in evidence.statistics.transposed)
+            expected = _expected(kind, specs[name].shape, evidence.transposed(name))
             if expected is not None and found not in expected:
                 raise InputError(
                     "E0418",
