@@ -62,8 +62,8 @@ class BlockSpec:
         return self.dtype.is_floating_point
 
 
-_EMBEDDING = re.compile(r"embed|wte|wpe|shared")
-_HEAD = re.compile(r"(^|\.)(lm_head|classifier|score)(\.|$)")
+_EMBEDDING = re.compile(r"embed|wte|wpe|(^|\.)shared\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|classifier|score|cls\.predictions|cls\.seq_relationship)(\.|$)")
 _NORM = re.compile(r"norm|(^|[._])ln(_?\w)?(\.|$)|layer_?norm", re.IGNORECASE)
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers?|h|blocks?|resblocks))\.(?P<index>\d{1,6})\.(?P<rest>.+)$")
 

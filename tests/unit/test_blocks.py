@@ -35,7 +35,9 @@ def test_layers(name: str, expected: tuple[str, int, str] | None) -> None:
         ("model.embed_tokens.weight", (10, 4), Role.EMBEDDING),
         ("transformer.wte.weight", (10, 4), Role.EMBEDDING),
         ("shared.weight", (10, 4), Role.EMBEDDING),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", (8, 4), Role.LINEAR),
         ("lm_head.weight", (10, 4), Role.HEAD),
+        ("cls.predictions.decoder.weight", (10, 4), Role.HEAD),
         ("classifier.weight", (2, 4), Role.HEAD),
         ("classifier.bias", (2,), Role.BIAS),
         ("score.weight", (2, 4), Role.HEAD),
@@ -57,6 +59,9 @@ def test_roles(name: str, shape: tuple[int, ...], role: Role) -> None:
 def test_heads_include_their_biases() -> None:
     assert is_head("classifier.bias")
     assert is_head("model.score.weight")
+    assert is_head("cls.predictions.transform.dense.weight")
+    assert is_head("cls.seq_relationship.bias")
+    assert not is_head("cls.token")
     assert not is_head("classifiers.weight")
     assert not is_head("lm_header.weight")
 
