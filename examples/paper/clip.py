@@ -57,7 +57,7 @@ def main() -> None:
     """Runs the script."""
     from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
-    parser = argparse.ArgumentParser(description="Statistics of CLIP's vision encoder.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     head = commands.add_parser("head", help="embed the classes of a task")
     head.add_argument("clip", type=Path, help="folder of the whole CLIP model, with its tokenizer")
