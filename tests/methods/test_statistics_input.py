@@ -218,8 +218,25 @@ def test_the_command_line_warns_and_is_strict(tmp_path: Path, cli: Cli) -> None:
     assert "did not reach their tolerance" in done.err
     cli(*command, "-o", tmp_path / "strict.safetensors", "--strict").failed("E0605", NAME)
     assert not (tmp_path / "strict.safetensors").exists()
+
+
 @pytest.mark.parametrize("options", [{}, {"preconditioner": "none"}, {"recipe": "paper"}], ids=str)
 def test_the_identity_needs_no_statistics_and_gives_the_mean(options: dict[str, Any]) -> None:
     merged = mg.merge([A, B], base=state(0), method="mats", objective="identity", **options)
     for name, value in merged.items():
         assert torch.allclose(value, (A[name] + B[name]) / 2, atol=1e-6)
+
+
+def test_statistics_of_another_model_are_refused() -> None:
+    """Two models of one shape whose statistics are given in the wrong order."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)))
+    known = [mg.collect(model, [torch.randn(16, 4)], ["gram"]) for model in models]
+    states = [{k: v.detach() for k, v in model.state_dict().items()} for model in models]
+    mg.merge(states, method="regmean", statistics=known)
+    mg.merge([{k: v.bfloat16() for k, v in s.items()} for s in states], method="regmean", statistics=known)
+    with pytest.raises(MerganserError, match="other weights") as caught:
+        mg.merge(states, method="regmean", statistics=known[::-1])
+    assert (caught.value.code, caught.value.places[0].tensor) == ("E0418", "0.weight")

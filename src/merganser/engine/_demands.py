@@ -59,7 +59,7 @@ class Demands:
         if recipe.base_statistics is not None and recipe.base is not None:
             self._base_evidence = open_evidence(recipe.base_statistics, "statistics of the base")
             checkpoint = models.open(recipe.base)
-            check_evidence(self._base_evidence, checkpoint.specs(), checkpoint.label)
+            check_evidence(self._base_evidence, checkpoint)
         self._weights: Checkpoint | None = None
         self._used: set[str] = set()
         if recipe.init is not None and is_method(recipe.init):
@@ -82,7 +82,7 @@ class Demands:
                             f"{evidence.label}: the names have `{escape(prefix)}` {more} than those of the weights in "
                             f"{checkpoint.label}, and are matched without it"
                         )
-                    check_evidence(evidence, checkpoint.specs(), checkpoint.label)
+                    check_evidence(evidence, checkpoint)
         return opened
 
     def members(self, part: Slice) -> tuple[Source, ...]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
+from merganser.checkpoint import Checkpoint
 from merganser.engine._ties import is_second_name
 from merganser.errors import InputError, Place, suggestion
-from merganser.statistics import TABLES, Statistics
+from merganser.statistics import TABLES, Statistics, check_weights
 
 __all__ = ["Evidence", "open_evidence"]
 
@@ -68,6 +69,15 @@ class Evidence:
             while len(self._recent) > _KEPT:
                 self._recent.popitem(last=False)
         return value
+
+    def check_weights(self, checkpoint: Checkpoint) -> None:
+        """Check that these are statistics of that model.
+
+        Raises:
+            InputError: E0418.
+        """
+        digests = {self.lacks + own.removeprefix(self.adds): d for own, d in self.statistics.digests.items()}
+        check_weights(digests, checkpoint)
 
     def names(self) -> set[str]:
         """All weights that are described."""
@@ -150,12 +160,13 @@ def open_evidence(source: Any, label: str) -> Evidence:
     raise InputError("E0418", f"{label}: statistics are a file or a Statistics, not {type(source).__name__}")
 
 
-def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: str) -> None:
-    """Every statistic must be of a weight of the model, and of its shape.
+def check_evidence(evidence: Evidence, checkpoint: Checkpoint) -> None:
+    """Every statistic must be of a weight of the model, of its shape, and measured where it had these values.
 
     Raises:
         InputError: E0418.
     """
+    specs = checkpoint.specs()
     for name in sorted(evidence.names()):
         place = Place(file=evidence.label, tensor=name)
         if is_second_name(name, specs):
@@ -163,7 +174,7 @@ def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: st
         if name not in specs:
             raise InputError(
                 "E0418",
-                f"the statistics describe `{name}`, which {model} does not have",
+                f"the statistics describe `{name}`, which {checkpoint.label} does not have",
                 places=place,
                 why=suggestion(name, specs) if len(specs) <= 5000 else "",
                 fix="use the statistics that were collected from this model",
@@ -178,6 +189,7 @@ def check_evidence(evidence: Evidence, specs: Mapping[str, BlockSpec], model: st
                     places=place,
                     fix="use the statistics that were collected from this model",
                 )
+    evidence.check_weights(checkpoint)
 
 
 def _expected(kind: str, shape: Sequence[int], transposed: bool) -> list[tuple[int, ...]] | None:

@@ -6,7 +6,7 @@ from merganser.statistics._fingerprint import checkpoint_digest, tensor_digest
 from merganser.statistics._losses import ESTIMATORS
 from merganser.statistics._memory import MemoryPlan
 from merganser.statistics._settings import KINDS
-from merganser.statistics._statistics import TABLES, Statistics
+from merganser.statistics._statistics import TABLES, Statistics, check_weights
 
 __all__ = [
     "ESTIMATORS",
@@ -14,6 +14,7 @@ __all__ = [
     "TABLES",
     "MemoryPlan",
     "Statistics",
+    "check_weights",
     "checkpoint_digest",
     "collect",
     "merge_files",

@@ -18,6 +18,7 @@ __all__ = [
     "Table",
     "check_addable",
     "check_shape",
+    "check_weights",
     "combine",
     "combine_facts",
     "combine_one",
@@ -168,17 +169,34 @@ class Statistics:
         Raises:
             InputError: E0418, a weight has another shape or other values than when it was measured.
         """
-        digests = self.provenance.get("model", {}).get("weights", {})
-        checkpoint: Checkpoint = open_checkpoint(model)
-        specs = checkpoint.specs()
-        for name, digest in digests.items():
-            if name in specs and checkpoint_digest(checkpoint, name) != digest:
-                raise InputError(
-                    "E0418",
-                    "the statistics were measured on a model with other weights",
-                    places=Place(file=checkpoint.place_of(name), tensor=name),
-                    fix="collect statistics of this model: merganser collect",
-                )
+        check_weights(self.digests, open_checkpoint(model))
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """The digests of the weights that were measured, by name; empty if they are not known."""
+        digests: Mapping[str, str] = (self.provenance.get("model") or {}).get("weights") or {}
+        return digests
+
+
+def check_weights(digests: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Check that weights have the values that were measured; reads at most 4096 of each.
+
+    Weights in float16 are passed over: rounded from float32, they are the same model with another digest.
+
+    Raises:
+        InputError: E0418.
+    """
+    specs = checkpoint.specs()
+    for name, digest in digests.items():
+        if name not in specs or specs[name].dtype == torch.float16:
+            continue
+        if checkpoint_digest(checkpoint, name) != digest:
+            raise InputError(
+                "E0418",
+                "the statistics were measured on a model with other weights",
+                places=Place(file=checkpoint.place_of(name), tensor=name),
+                fix="collect statistics of this model: merganser collect",
+            )
 
 
 def check_shape(table: str, name: str, shape: tuple[int, ...]) -> None:
