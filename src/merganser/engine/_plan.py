@@ -138,7 +138,6 @@ def make_plan(
     *,
     threads: int | None = None,
     max_memory: int = DEFAULT_MEMORY,
-    labels: Mapping[int, str] | None = None,
 ) -> Plan:
     """Open all models and decide everything; no weight is read.
 
@@ -146,24 +145,22 @@ def make_plan(
         recipe: what to merge.
         threads: worker threads; None means all cores.
         max_memory: bytes above the interpreter.
-        labels: names of in-memory models by index, for messages.
 
     Raises:
         MerganserError: everything that is wrong with recipe or models and can be seen without reading weights.
 
     Complexity: O(models x tensors).
     """
-    return _Planner(recipe, threads, max_memory, labels or {}).plan()
+    return _Planner(recipe, threads, max_memory).plan()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, threads: int | None, max_memory: int, labels: Mapping[int, str]) -> None:
+    def __init__(self, recipe: Recipe, threads: int | None, max_memory: int) -> None:
         self.recipe = recipe
         self.threads = threads if threads is not None else available_cores()
         if self.threads < 1:
             raise UsageError("E0201", f"the number of threads is {threads}; at least 1 is needed")
         self.max_memory = max_memory
-        self.labels = labels
         self.models = OpenModels()
 
     def plan(self) -> Plan:
@@ -171,7 +168,7 @@ class _Planner:
         method = find_method(recipe.method) if isinstance(recipe.method, str) else type(recipe.method)
         dtype = parse_dtype(recipe.dtype, file=recipe.file)
         base = None if recipe.base is None else opened.open(recipe.base, "base")
-        models = [opened.open(m, self.labels.get(i, f"models[{i}]")) for i, m in enumerate(recipe.models())]
+        models = [opened.open(m, f"models[{i}]") for i, m in enumerate(recipe.models())]
         reference = base or models[0]
         donor = reference if recipe.files_from is None else opened.open(recipe.files_from, "files_from")
         tokenizer = donor if recipe.tokenizer_from is None else opened.open(recipe.tokenizer_from, "tokenizer_source")
