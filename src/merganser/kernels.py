@@ -1,12 +1,11 @@
 """Arithmetic on blocks: comparisons, exact reductions, exact selection by rank, and counter-based random masks.
 
-A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`. Everything here gives the same
-bits for any block size and any number of threads.
+A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`, or holds whole rows. Everything
+here gives the same bits for any block size and any number of threads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from merganser._random import drop_mask, uniforms
 from merganser._torch import torch
 
 __all__ = [
@@ -36,8 +36,11 @@ __all__ = [
     "key_dtype",
     "magnitude_keys",
     "nonzero",
+    "row_dots",
+    "row_l1",
     "top_key",
     "trim_below_",
+    "uniforms",
 ]
 
 _EXPONENTS = {"bfloat16": np.int16(0x7F80), "float16": np.int16(0x7C00)}
@@ -52,13 +55,14 @@ def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def at_least(x: torch.Tensor, threshold: float) -> torch.Tensor:
+def at_least(x: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """``x >= threshold`` as a tensor of 0 and 1 (uint8), which multiplies faster than a boolean mask selects.
 
     On the CPU the comparison runs in numpy, which is ten times faster at it than torch.
     """
     if x.device.type == "cpu":
-        return torch.from_numpy(np.greater_equal(x.numpy(), threshold).view(np.uint8))
+        wall = threshold.numpy() if isinstance(threshold, torch.Tensor) else threshold
+        return torch.from_numpy(np.greater_equal(x.numpy(), wall).view(np.uint8))
     return (x >= threshold).to(torch.uint8)
 
 
@@ -115,6 +119,27 @@ def _by_chunk(a: torch.Tensor, fn: Callable[[torch.Tensor, int, int], torch.Tens
             x = a[first:last].view(-1, width).double()
             parts.append(fn(x, first, last).sum(dim=1).cpu().numpy())
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def row_dots(a: torch.Tensor, b: torch.Tensor, row: int) -> torch.Tensor:
+    """Inner products of two flat blocks over rows of `row` elements each, in float64.
+
+    The sums of a row do not depend on how many rows a block has: longer ones are added in chunks of `CHUNK`.
+    """
+    a, b = a.view(-1, row), b.view(-1, row)
+    total = a.new_zeros(len(a), dtype=torch.float64)
+    for first in range(0, row, CHUNK):
+        total += (a[:, first : first + CHUNK].double() * b[:, first : first + CHUNK]).sum(dim=1)
+    return total
+
+
+def row_l1(a: torch.Tensor, row: int) -> Partials:
+    """Sums of magnitudes over rows of `row` elements each, in float64."""
+    a = a.view(-1, row)
+    total = a.new_zeros(len(a), dtype=torch.float64)
+    for first in range(0, row, CHUNK):
+        total += a[:, first : first + CHUNK].double().abs_().sum(dim=1)
+    return total.cpu().numpy()
 
 
 def exact_sum(parts: Sequence[Partials]) -> float:
@@ -258,48 +283,3 @@ def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Ten
         return below, first, torch.from_numpy(array[np.flatnonzero(upper)])
     first = int((keys == low).sum())
     return int((keys < low).sum()), first, keys[(keys > low) & (keys < high)]
-
-
-# --- counter-based masks -----------------------------------------------------------------------------------------
-
-
-def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rate: float) -> torch.Tensor:
-    """A mask of independent Bernoulli draws: 0 with probability `drop_rate` (dropped), else 1 (uint8, CPU).
-
-    Element p of a tensor depends only on (seed, model, name, p), never on the order in which blocks are made: byte p
-    of a Philox4x64-10 stream (Salmon et al., 2011) is compared with the first 8 bits of the rate, and the 1 in 256
-    draws that this leaves open are decided by a SplitMix64 hash of p with 64 more bits.
-
-    Args:
-        seed: the seed of the merge.
-        model: index of the model.
-        name: name of the tensor.
-        start: index of the first element; a multiple of 32.
-        count: number of elements.
-        drop_rate: probability in [0, 1].
-
-    Complexity: O(count), about 0.6 ns per element.
-    """
-    identity = f"{seed}\0{model}\0{name}".encode()
-    digest = hashlib.blake2b(identity, digest_size=24, person=b"merganser drop").digest()
-    key = np.frombuffer(digest, dtype="<u8")
-    generator = np.random.Philox(key=key[:2].astype(np.uint64), counter=start // 32)
-    words = generator.random_raw(-(-count // 8)).astype("<u8", copy=False)
-    draws = words.view(np.uint8)[:count]
-    coarse = math.floor(drop_rate * 256)
-    if coarse == 256:
-        return torch.zeros(count, dtype=torch.uint8)
-    mask = np.greater(draws, coarse)
-    undecided = np.flatnonzero(draws == coarse)
-    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
-    mask[undecided] = fine >= (drop_rate * 256 - coarse) * 2.0**64
-    return torch.from_numpy(mask.view(np.uint8))
-
-
-def _splitmix64(counter: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        z = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        result: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return result

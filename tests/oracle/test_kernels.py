@@ -75,6 +75,46 @@ def test_masks_depend_on_position_alone() -> None:
         assert not torch.equal(whole, kernels.drop_mask(*other, 0, 100_000, 0.9))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 5000), st.integers(1, 3000))
+def test_draws_begin_anywhere(start: int, count: int) -> None:
+    mask = kernels.drop_mask(3, 0, "w", 0, 8000, 0.3)[start : start + count]
+    assert torch.equal(kernels.drop_mask(3, 0, "w", start, count, 0.3), mask)
+    draws = kernels.uniforms(3, 0, "w", 0, 8000)[start : start + count]
+    assert torch.equal(kernels.uniforms(3, 0, "w", start, count), draws)
+
+
+def test_uniform_draws() -> None:
+    n = 1 << 20
+    x = kernels.uniforms(0, 0, "w", 0, n)
+    assert x.dtype == torch.float64
+    assert 0 <= float(x.min()) < 1e-5
+    assert 1 - 1e-5 < float(x.max()) < 1
+    counts = torch.histc(x, 64, 0, 1)
+    assert float(((counts - n / 64).square() / (n / 64)).sum()) < 63 + 6 * math.sqrt(2 * 63)
+    for shift in (1, 2, 7, 8, 32):
+        assert abs(float(((x[shift:] - 0.5) * (x[:-shift] - 0.5)).mean())) < 5 / 12 / math.sqrt(n)
+    for other in ((1, 0, "w"), (0, 1, "w"), (0, 0, "v")):
+        assert not torch.equal(x[:100], kernels.uniforms(*other, 0, 100))
+    dropped = kernels.drop_mask(0, 0, "w", 0, n, 0.5).double() - 0.5
+    assert abs(float((dropped * (x - 0.5)).mean())) < 5 * 0.5 / math.sqrt(12 * n)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40_000), st.integers(1, 6), st.data())
+def test_sums_over_rows_do_not_depend_on_the_blocks(row: int, rows: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(row)
+    a, b = torch.randn(2, rows * row, generator=generator)
+    cut = data.draw(st.integers(0, rows)) * row
+    dots, norms = kernels.row_dots(a, b, row), kernels.row_l1(a, row)
+    parts = [(a[:cut], b[:cut]), (a[cut:], b[cut:])]
+    assert torch.equal(dots, torch.cat([kernels.row_dots(x, y, row) for x, y in parts]))
+    assert np.array_equal(norms, np.concatenate([kernels.row_l1(x, row) for x, _ in parts]))
+    expected = (a.double() * b.double()).view(rows, row).sum(1)
+    assert torch.allclose(dots, expected, rtol=1e-9, atol=1e-9)
+    assert np.allclose(norms, a.double().abs().view(rows, row).sum(1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("rate", [0.0, 1 / 256, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0])
 def test_masks_drop_at_the_rate(rate: float) -> None:
     n = 1 << 20

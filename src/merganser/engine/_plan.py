@@ -274,8 +274,16 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
         )
     largest = max(tensor.spec.numel for tensor in tensors)
     block = max(kernels.CHUNK, min(block, 2 * _power_of_two(largest)))
+    longest = max([block, *(tensor.step(block) for tensor in tensors if not tensor.is_whole)])
+    if fixed + threads * longest * per_element > budget:
+        raise ResourceError(
+            "E0802",
+            f"a row of {longest:,} elements that the method needs as a whole does not fit {threads} times into the "
+            f"budget of {budget / 1e6:,.0f} MB",
+            fix="raise --max-memory, or use fewer --threads",
+        )
     workers = min(threads, budget // max(whole)) if whole else 0
-    return block, fixed + max(threads * block * per_element, sum(sorted(whole)[-workers:] if workers else ()))
+    return block, fixed + max(threads * longest * per_element, sum(sorted(whole)[-workers:] if workers else ()))
 
 
 def _power_of_two(value: int) -> int:

@@ -51,7 +51,9 @@ class _StreamContext(Context):
     def only(self, name: str) -> Context:
         return _StreamContext(self._stream, {name: self._tensors[name]}, self.seed)
 
-    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
+    ) -> Iterator[tuple[BlockKey, T]]:
         def run(task: Sequence[BlockKey]) -> list[tuple[BlockKey, T]]:
             results = []
             for key in task:
@@ -59,8 +61,8 @@ class _StreamContext(Context):
                 results.append((key, fn(block)))
             return results
 
-        tasks = self._stream.tasks(self._tensors.values(), whole=False)
-        for results in self._stream.executor.map(run, tasks):
+        executor = self._stream.executor_for(self._tensors) if as_merged else self._stream.executor
+        for results in executor.map(run, self._stream.tasks(self._tensors.values(), as_merged=as_merged)):
             yield from results
 
 
@@ -104,18 +106,19 @@ class Stream:
         self.executor = executor
         self._block = block_elements
 
-    def tasks(self, tensors: Iterable[TensorPlan], *, whole: bool = True) -> Iterator[list[BlockKey]]:
+    def tasks(self, tensors: Iterable[TensorPlan], *, as_merged: bool = True) -> Iterator[list[BlockKey]]:
         """Blocks in order, small ones together, so that a task has about one block of work.
 
         Args:
             tensors: what to divide.
-            whole: keep tensors in one block where their method asks for that.
+            as_merged: keep tensors or rows in one block where their method asks for that; else blocks begin at
+                multiples of `kernels.CHUNK`.
         """
         task: list[BlockKey] = []
         filled = 0
         for tensor in tensors:
             numel = tensor.spec.numel
-            step = max(1, numel) if whole and tensor.is_whole else self._block
+            step = tensor.step(self._block) if as_merged else self._block
             for start in range(0, max(numel, 1), step):
                 stop = min(numel, start + step)
                 if task and filled + stop - start > self._block:
@@ -168,7 +171,7 @@ class Stream:
 
         notes: Counter[str] = Counter()
         doubtful: list[BlockKey] = []
-        for found, doubts in self._executor_for(tensors).map(lambda t: run(t, state), self.tasks(tensors.values())):
+        for found, doubts in self.executor_for(tensors).map(lambda t: run(t, state), self.tasks(tensors.values())):
             notes.update(found)
             doubtful.extend(doubts)
         revised = method.review(state, notes)
@@ -177,7 +180,7 @@ class Stream:
                 pass
         return {name: reports[name] for name in tensors if name in reports}
 
-    def _executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
+    def executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
         """Fewer threads, where several whole tensors at once would exceed the memory budget."""
         largest = max((t.whole_bytes() for t in tensors.values() if t.is_whole), default=0)
         workers = max(1, min(self.executor.workers, self._budget // max(1, largest)))

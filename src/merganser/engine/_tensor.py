@@ -70,6 +70,15 @@ class TensorPlan:
         """Whether the method needs the tensor as one block."""
         return self.method is not None and self.method.whole(self.spec, self.kinds)
 
+    def step(self, block: int) -> int:
+        """Elements per block, about `block`: the whole tensor or whole rows, where the method needs that."""
+        if self.method is None:
+            return block
+        if self.is_whole:
+            return max(1, self.spec.numel)
+        row = self.method.row(self.spec)
+        return block if row <= 1 else max(1, block // row) * row
+
     def whole_bytes(self) -> int:
         """Memory for the tensor as one block."""
         assert self.method is not None

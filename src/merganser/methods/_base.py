@@ -136,12 +136,16 @@ class Context(ABC):
         """The same for one tensor alone."""
 
     @abstractmethod
-    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
+    ) -> Iterator[tuple[BlockKey, T]]:
         """Call `fn` on every block, on several threads; yield the results in the order of the blocks.
 
         Args:
             fn: called with each block.
             share: read only this fraction of every block (its middle), as a sample of the model.
+            as_merged: divide the tensors as for `Method.merge`, into whole tensors or rows, instead of at multiples of
+                `kernels.CHUNK`.
         """
 
 
@@ -222,9 +226,12 @@ class TransformedContext(Context):
         """The same for one tensor."""
         return TransformedContext(self._inner.only(name), self._transform)
 
-    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
+    ) -> Iterator[tuple[BlockKey, T]]:
         """Call `fn` on every transformed block."""
-        return self._inner.each(lambda block: fn(TransformedBlock(block, self._transform)), share=share)
+        transform = self._transform
+        return self._inner.each(lambda b: fn(TransformedBlock(b, transform)), share=share, as_merged=as_merged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +338,10 @@ class Method(ABC):
             statistics: the kinds that every model brings for it.
         """
         return False
+
+    def row(self, spec: BlockSpec) -> int:
+        """The number of elements that blocks keep together, e.g. the length of a row; 1 if any run will do."""
+        return 1
 
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """Elements of the compute type that `merge` allocates for a whole tensor, beside buffers and statistics."""

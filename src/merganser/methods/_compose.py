@@ -48,6 +48,10 @@ class Composed(Method):
         """What the inner method needs whole."""
         return self.inner.whole(spec, statistics)
 
+    def row(self, spec: BlockSpec) -> int:
+        """What the inner method keeps together."""
+        return self.inner.row(spec)
+
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """That of the inner method."""
         return self.inner.workspace(spec, models)

@@ -2,27 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Bracket, RankCounter
-from merganser.methods._base import Block, Context
+from merganser.methods._base import Block, BlockKey, Context
 
-__all__ = ["magnitude_thresholds"]
+__all__ = ["Threshold", "exact_thresholds", "magnitude_thresholds"]
+
+Values = Callable[[Block, int], "torch.Tensor"]
+"""What is ranked by magnitude: of a block and a model, in a buffer that may be overwritten."""
 
 _SAMPLED_FROM = 1 << 24
 _SHARE = 1 / 64
 _MARGIN = 0.004
 
 
-def magnitude_thresholds(context: Context, ranks: Sequence[int]) -> list[float]:
+@dataclass(frozen=True)
+class Threshold:
+    """What is kept of one model's task vector: the magnitudes from `value` on.
+
+    With a `quota`, only that many of the entries that equal `value` are kept, those of lowest position; `before`
+    counts the equal ones in earlier blocks.
+    """
+
+    value: float
+    quota: int | None = None
+    before: Mapping[BlockKey, int] = field(default_factory=dict)
+
+    def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
+        """Set the entries that are not kept to zero, in place.
+
+        Returns:
+            The mask of what is kept (uint8), without entries that were zero anyway.
+        """
+        if self.value > 0:
+            tied = None
+            if self.quota is not None:
+                tied = torch.nonzero(kernels.equal_to(delta.abs(), self.value)).view(-1)
+            kernels.trim_below_(delta, self.value)
+            if tied is not None:
+                delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
+        return kernels.nonzero(delta)
+
+
+def _task_vector(block: Block, index: int) -> torch.Tensor:
+    return block.delta(index, slot=0)
+
+
+def exact_thresholds(context: Context, kept: Sequence[int], values: Values = _task_vector) -> tuple[Threshold, ...]:
+    """Thresholds that keep so many entries of each model's task vector over all tensors of `context`.
+
+    Of equal magnitudes those are kept that come first in the order of the blocks: of names, then of positions.
+
+    Args:
+        context: the tensors.
+        kept: for each model the number of entries.
+        values: what is ranked instead of the task vectors.
+
+    Complexity: that of `magnitude_thresholds`, and one pass more, which counts the equal magnitudes.
+    """
+    numel = context.numel
+    found = [0.0] * len(kept)
+    if numel:
+        found = magnitude_thresholds(context, [min(numel - 1, max(0, numel - n)) for n in kept], values)
+    found = [0.0 if n >= numel else value for n, value in zip(kept, found, strict=True)]
+    larger, equal = [0] * len(kept), [0] * len(kept)
+    before: list[dict[BlockKey, int]] = [{} for _ in kept]
+    for key, counts in context.each(lambda block: _count_around(block, found, values)):
+        for index, (above, tied) in enumerate(counts):
+            before[index][key] = equal[index]
+            larger[index] += above
+            equal[index] += tied
+    return tuple(
+        Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
+        for value, n, above, seen in zip(found, kept, larger, before, strict=True)
+    )
+
+
+def _count_around(block: Block, thresholds: Sequence[float], values: Values) -> list[tuple[int, int]]:
+    """For each model the numbers of magnitudes above its threshold, and equal to it."""
+    counts = []
+    for index, threshold in enumerate(thresholds):
+        magnitude = values(block, index).abs_()
+        tied = int(kernels.equal_to(magnitude, threshold).sum())
+        counts.append((int(kernels.at_least(magnitude, threshold).sum()) - tied, tied))
+    return counts
+
+
+def magnitude_thresholds(context: Context, ranks: Sequence[int], values: Values = _task_vector) -> list[float]:
     """For every model the task-vector magnitude of a given rank, over all tensors of `context`.
 
     Args:
         context: the tensors.
         ranks: for each model the 0-based rank in ascending order of ``|W_i - W_0|``.
+        values: what is ranked instead of the task vectors.
 
     Returns:
         The magnitudes, exact: the same values as sorting all magnitudes would give.
@@ -35,24 +111,24 @@ def magnitude_thresholds(context: Context, ranks: Sequence[int]) -> list[float]:
     bits = max(8, min(20, (context.counters // max(1, len(ranks))).bit_length() - 1))
     brackets = [Bracket(rank, 0, top, top, min(16, bits)) for rank in ranks]
     if context.numel >= _SAMPLED_FROM:
-        counters = _count(context, brackets, share=_SHARE)
+        counters = _count(context, brackets, values, share=_SHARE)
         brackets = [_guess(b, c, context.numel, bits) for b, c in zip(brackets, counters, strict=True)]
     while not all(bracket.found for bracket in brackets):
-        counters = _count(context, brackets)
+        counters = _count(context, brackets, values)
         brackets = [b if b.found else b.narrow(c) for b, c in zip(brackets, counters, strict=True)]
     keys = torch.tensor([bracket.low for bracket in brackets], dtype=torch.int64)
-    values: list[float] = keys.to(kernels.key_dtype(context.dtype)).view(context.dtype).tolist()
-    return values
+    found: list[float] = keys.to(kernels.key_dtype(context.dtype)).view(context.dtype).tolist()
+    return found
 
 
-def _count(context: Context, brackets: Sequence[Bracket], *, share: float = 1.0) -> list[RankCounter]:
+def _count(context: Context, brackets: Sequence[Bracket], values: Values, *, share: float = 1.0) -> list[RankCounter]:
     """One pass that counts the magnitudes of every model whose key is not found yet."""
     counters = [RankCounter(bracket) for bracket in brackets]
 
     def count(block: Block) -> None:
         for index, (bracket, counter) in enumerate(zip(brackets, counters, strict=True)):
             if not bracket.found:
-                counter.add(kernels.magnitude_keys(block.delta(index, slot=0)))
+                counter.add(kernels.magnitude_keys(values(block, index)))
 
     for _ in context.each(count, share=share):
         pass

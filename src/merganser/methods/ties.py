@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import About, Block, BlockKey, Context, Method
+from merganser.methods._base import About, Block, Context, Method
 from merganser.methods._options import option, per_model
-from merganser.methods._select import magnitude_thresholds
+from merganser.methods._select import Threshold, exact_thresholds, magnitude_thresholds
 
 __all__ = ["Ties", "TiesState"]
 
 _SAMPLE = 1 / 64
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """What is kept of one model's task vector: the magnitudes from `value` on.
-
-    With a `quota`, only that many of the entries that equal `value` are kept, those of lowest position; `before`
-    counts the equal ones in earlier blocks.
-    """
-
-    value: float
-    quota: int | None = None
-    before: Mapping[BlockKey, int] = field(default_factory=dict)
-
-    def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
-        """Set the entries that are not kept to zero, in place.
-
-        Returns:
-            The mask of what is kept (uint8), without entries that were zero anyway.
-        """
-        if self.value > 0:
-            tied = None
-            if self.quota is not None:
-                tied = torch.nonzero(kernels.equal_to(delta.abs(), self.value)).view(-1)
-            kernels.trim_below_(delta, self.value)
-            if tied is not None:
-                delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
-        return kernels.nonzero(delta)
 
 
 @dataclass(frozen=True)
@@ -120,27 +92,13 @@ class Ties(Method, name="ties"):
     def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
         numel = context.numel
         kept = [int(numel * per_model(self.density, index)) for index in range(context.models)]
+        if self.count == "exact":
+            return exact_thresholds(context, kept)
         # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
-        ranks = [max(0, numel - n - (self.count == "authors")) for n in kept]
+        ranks = [max(0, numel - n - 1) for n in kept]
         values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks]) if numel else [0.0] * len(kept)
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
-        if self.count == "authors":
-            return tuple(Threshold(value) for value in values)
-        return self._exact(context, kept, values)
-
-    def _exact(self, context: Context, kept: list[int], values: list[float]) -> tuple[Threshold, ...]:
-        larger = [0] * context.models
-        equal = [0] * context.models
-        before: list[dict[BlockKey, int]] = [{} for _ in values]
-        for key, counts in context.each(lambda block: _count_around(block, values)):
-            for index, (above, tied) in enumerate(counts):
-                before[index][key] = equal[index]
-                larger[index] += above
-                equal[index] += tied
-        return tuple(
-            Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
-            for value, n, above, seen in zip(values, kept, larger, before, strict=True)
-        )
+        return tuple(Threshold(value) for value in values)
 
     def _elect(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """The trimmed, weighted task vectors, the sign of their sum, and where any of them is kept."""
@@ -210,13 +168,3 @@ class Ties(Method, name="ties"):
 
 def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
-
-
-def _count_around(block: Block, values: list[float]) -> list[tuple[int, int]]:
-    """For each model the numbers of magnitudes above its threshold, and equal to it."""
-    counts = []
-    for index, value in enumerate(values):
-        magnitude = block.delta(index, slot=0).abs_()
-        tied = int(kernels.equal_to(magnitude, value).sum())
-        counts.append((int(kernels.at_least(magnitude, value).sum()) - tied, tied))
-    return counts
