@@ -38,6 +38,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"recipe": "paper", "off_diagonal": 0.9},
     ],
     "tact": [{"keep": 0.3}],
+    "magmax": [{"scale": 0.5, "weights": [1.0, 0.5]}],
+    "consensus": [{"threshold": [0.2, 0.6], "agreement": 1}],
+    "model_stock": [{"filter_wise": True}, {"pairs": "angle", "clip": True, "weights": [1.0, 3.0]}],
+    "breadcrumbs": [
+        {"density": [0.3, 0.5], "gamma": 0.05, "election": "ties", "rescale": "l1"},
+        {"density": 0.4, "gamma": 0.1, "election": "ties", "merge": "sum", "count": "mergellm"},
+        {"merge": "mean", "gamma": 0.0, "scale": 0.5},
+    ],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }
 """Options beside the defaults. Every registered method is tested with its defaults by being there."""

@@ -52,26 +52,29 @@ def _task_vector(block: Block, index: int) -> torch.Tensor:
     return block.delta(index, slot=0)
 
 
-def exact_thresholds(context: Context, kept: Sequence[int], values: Values = _task_vector) -> tuple[Threshold, ...]:
+def exact_thresholds(
+    context: Context, kept: Sequence[int], values: Values = _task_vector, *, per: int = 1
+) -> tuple[Threshold, ...]:
     """Thresholds that keep so many entries of each model's task vector over all tensors of `context`.
 
     Of equal magnitudes those are kept that come first in the order of the blocks: of names, then of positions.
 
     Args:
         context: the tensors.
-        kept: for each model the number of entries.
+        kept: for each model the number of entries, or `per` of them.
         values: what is ranked instead of the task vectors.
+        per: thresholds per model, one after the other.
 
     Complexity: that of `magnitude_thresholds`, and one pass more, which counts the equal magnitudes.
     """
     numel = context.numel
     found = [0.0] * len(kept)
     if numel:
-        found = magnitude_thresholds(context, [min(numel - 1, max(0, numel - n)) for n in kept], values)
+        found = magnitude_thresholds(context, [min(numel - 1, max(0, numel - n)) for n in kept], values, per=per)
     found = [0.0 if n >= numel else value for n, value in zip(kept, found, strict=True)]
     larger, equal = [0] * len(kept), [0] * len(kept)
     before: list[dict[BlockKey, int]] = [{} for _ in kept]
-    for key, counts in context.each(lambda block: _count_around(block, found, values)):
+    for key, counts in context.each(lambda block: _count_around(block, found, values, per)):
         for index, (above, tied) in enumerate(counts):
             before[index][key] = equal[index]
             larger[index] += above
@@ -82,23 +85,27 @@ def exact_thresholds(context: Context, kept: Sequence[int], values: Values = _ta
     )
 
 
-def _count_around(block: Block, thresholds: Sequence[float], values: Values) -> list[tuple[int, int]]:
-    """For each model the numbers of magnitudes above its threshold, and equal to it."""
+def _count_around(block: Block, thresholds: Sequence[float], values: Values, per: int) -> list[tuple[int, int]]:
+    """For each model the numbers of magnitudes above its thresholds, and equal to them."""
     counts = []
     for index, threshold in enumerate(thresholds):
-        magnitude = values(block, index).abs_()
+        if index % per == 0:
+            magnitude = values(block, index // per).abs_()
         tied = int(kernels.equal_to(magnitude, threshold).sum())
         counts.append((int(kernels.at_least(magnitude, threshold).sum()) - tied, tied))
     return counts
 
 
-def magnitude_thresholds(context: Context, ranks: Sequence[int], values: Values = _task_vector) -> list[float]:
+def magnitude_thresholds(
+    context: Context, ranks: Sequence[int], values: Values = _task_vector, *, per: int = 1
+) -> list[float]:
     """For every model the task-vector magnitude of a given rank, over all tensors of `context`.
 
     Args:
         context: the tensors.
-        ranks: for each model the 0-based rank in ascending order of ``|W_i - W_0|``.
+        ranks: for each model the 0-based rank in ascending order of ``|W_i - W_0|``, or `per` of them.
         values: what is ranked instead of the task vectors.
+        per: ranks per model, one after the other.
 
     Returns:
         The magnitudes, exact: the same values as sorting all magnitudes would give.
@@ -111,24 +118,29 @@ def magnitude_thresholds(context: Context, ranks: Sequence[int], values: Values 
     bits = max(8, min(20, (context.counters // max(1, len(ranks))).bit_length() - 1))
     brackets = [Bracket(rank, 0, top, top, min(16, bits)) for rank in ranks]
     if context.numel >= _SAMPLED_FROM:
-        counters = _count(context, brackets, values, share=_SHARE)
+        counters = _count(context, brackets, values, per, share=_SHARE)
         brackets = [_guess(b, c, context.numel, bits) for b, c in zip(brackets, counters, strict=True)]
     while not all(bracket.found for bracket in brackets):
-        counters = _count(context, brackets, values)
+        counters = _count(context, brackets, values, per)
         brackets = [b if b.found else b.narrow(c) for b, c in zip(brackets, counters, strict=True)]
     keys = torch.tensor([bracket.low for bracket in brackets], dtype=torch.int64)
     found: list[float] = keys.to(kernels.key_dtype(context.dtype)).view(context.dtype).tolist()
     return found
 
 
-def _count(context: Context, brackets: Sequence[Bracket], values: Values, *, share: float = 1.0) -> list[RankCounter]:
+def _count(
+    context: Context, brackets: Sequence[Bracket], values: Values, per: int, *, share: float = 1.0
+) -> list[RankCounter]:
     """One pass that counts the magnitudes of every model whose key is not found yet."""
     counters = [RankCounter(bracket) for bracket in brackets]
 
     def count(block: Block) -> None:
-        for index, (bracket, counter) in enumerate(zip(brackets, counters, strict=True)):
-            if not bracket.found:
-                counter.add(kernels.magnitude_keys(values(block, index)))
+        for model in range(len(brackets) // per):
+            mine = [i for i in range(model * per, model * per + per) if not brackets[i].found]
+            if mine:
+                keys = kernels.magnitude_keys(values(block, model))
+                for index in mine:
+                    counters[index].add(keys)
 
     for _ in context.each(count, share=share):
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from merganser.methods._base import (
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
+from merganser.methods._stages import l1_factors
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.methods.ties import Ties
 
@@ -107,19 +107,7 @@ class Dare(Composed, name="dare"):
             rescale = self.rescale == "expectation"
             factors = [1 / (1 - rate) if rescale and rate < 1 else 1.0 for rate in rates]
             return dict.fromkeys(context.specs, factors)
-        norms: dict[str, list[list[kernels.Partials]]] = defaultdict(list)
-        for key, parts in context.each(lambda block: [self._norms(block, index) for index in range(context.models)]):
-            norms[key.name].append([part for pair in parts for part in pair])
-        result = {name: [1.0] * context.models for name in context.specs}
-        for name, blocks in norms.items():
-            sums = [kernels.exact_sum(column) for column in zip(*blocks, strict=True)]
-            result[name] = [full / kept if kept > 0 else 1.0 for full, kept in zip(sums[::2], sums[1::2], strict=True)]
-        return result
-
-    def _norms(self, block: Block, index: int) -> tuple[kernels.Partials, kernels.Partials]:
-        delta = block.delta(index, slot=0)
-        full = kernels.chunk_l1(delta)
-        return full, kernels.chunk_l1(self._drop(block, index, delta))
+        return l1_factors(context, self._drop)
 
     def merge(self, block: Block, state: _DareState) -> torch.Tensor:
         """The second stage on the dropped and rescaled task vectors."""

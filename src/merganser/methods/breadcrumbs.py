@@ -1,0 +1,110 @@
+"""Model breadcrumbs: drop the largest and the smallest changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merganser._torch import torch
+from merganser.methods._base import About, Block, Context, Method, Transform, TransformedBlock
+from merganser.methods._options import option, per_model
+from merganser.methods._select import Threshold, exact_thresholds
+from merganser.methods._stages import l1_factors, second_stage, second_state
+
+__all__ = ["Breadcrumbs"]
+
+Band = tuple[Threshold, Threshold]
+"""What is kept of a tensor, the outliers included; and the outliers."""
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(Method, name="breadcrumbs"):
+    """``t_i' = m_i t_i``, where m_i drops the largest and the smallest magnitudes of each tensor; then a merge.
+
+    Of n entries the ``int(gamma n)`` largest are dropped, and of the others the largest ``int(density n)`` are kept;
+    where both do not fit, fewer of the largest are dropped. Of equal magnitudes the entry of the lower position counts
+    as the larger one. ``count="mergellm"`` keeps ``int(density n) + 2`` as that code does: from rank ``b = int((1 -
+    density - gamma) n)`` to rank ``b + int(density n) + 1``, both included.
+
+    Then the sum of the task vectors, or TIES' election of signs and the mean of what agrees.
+
+    Thresholds are exact, by streaming radix selection: three passes, and one to merge. O(models x elements).
+    """
+
+    density: float = option(0.9, "share of each tensor that is kept", ge=0.0, le=1.0, per_model=True)
+    gamma: float = option(0.01, "share of largest changes that is dropped", ge=0.0, le=1.0, per_model=True)
+    election: str = option("none", "whether a sign is elected per weight", choices=("none", "ties"))
+    merge_: str = option("auto", "sum or mean; auto: the mean after an election", choices=("auto", "sum", "mean"))
+    rescale: str = option("none", "keep the L1 norm of each tensor, or not", choices=("none", "l1"))
+    count: str = option("exact", "how many entries a density keeps", choices=("exact", "mergellm"))
+
+    about = About(
+        title="Task vectors without their outliers and their small changes",
+        equation="W = W_0 + lambda sum_i m_i t_i,  m_i drops the top gamma and the bottom 1 - density - gamma by |t_i|",
+        source="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv:2312.06795",
+        helps="Many tasks, and fine-tunes with a few very large changes.",
+        hurts="Task vectors whose largest entries carry the task.",
+        work=16,
+        passes=4,
+        deviations="mergekit empties tensors in which int(gamma n) is 0, and sums after an election (merge=sum) unless "
+        "told to normalise; MergeLLM keeps two entries more (count=mergellm).",
+    )
+    scope = "model"
+    needs = frozenset({"base"})
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """Also what the merge asks for."""
+        super().check(models, weights)
+        self._second().check(models, weights)
+
+    def passes(self) -> int:
+        """Two radix digits, the equal magnitudes, the L1 norms if they are asked for, and the merge."""
+        return 4 + (self.rescale == "l1")
+
+    def buffers(self, models: int) -> int:
+        """Those of the merge, and the outliers with their mask."""
+        return self._second().buffers(models) + 3
+
+    def _second(self) -> Method:
+        return second_stage(self.election, self.merge_, self.scale)
+
+    def kept(self, numel: int, model: int) -> tuple[int, int]:
+        """How many of a tensor's entries are kept together with the outliers, and how many are outliers."""
+        density, gamma = per_model(self.density, model), per_model(self.gamma, model)
+        inside = int(density * numel)
+        if self.count == "mergellm":
+            bottom = int(round(1 - density - gamma, 12) * numel)
+            outliers = max(0, numel - bottom - inside - 1)
+            return numel - max(0, bottom - 1), outliers
+        outliers = min(int(gamma * numel), numel - inside)
+        return inside + outliers, outliers
+
+    def prepare(self, context: Context) -> Transform:
+        """The thresholds of every tensor, and the L1 norms if they are asked for."""
+        bands = {name: self._bands(context.only(name)) for name in context.specs}
+
+        def cut(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
+            outer, top = bands[block.key.name][index]
+            outliers = block.buffer("outliers")
+            outer.trim(delta, block.key)
+            top.trim(outliers.copy_(delta), block.key)
+            return delta.sub_(outliers)
+
+        if self.rescale == "none":
+            return cut
+        factors = l1_factors(context, cut)
+        return lambda block, index, delta: cut(block, index, delta).mul_(factors[block.key.name][index])
+
+    def _bands(self, context: Context) -> list[Band]:
+        counts = [self.kept(context.numel, index) for index in range(context.models)]
+        flat = [count for pair in counts for count in pair]
+        found = exact_thresholds(context, flat, per=2)
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def merge(self, block: Block, state: Transform) -> torch.Tensor:
+        """The second stage on what is kept."""
+        second = self._second()
+        return second.merge(TransformedBlock(block, state), second_state(second, len(block.weights)))
+
+    def review(self, state: Transform, notes: Mapping[str, int]) -> None:
+        """Every block stands: an elected sign of 0 is +."""
