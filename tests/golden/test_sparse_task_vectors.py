@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import merganser as mg
+from merganser import kernels
+from merganser.methods.della import keep_probabilities
 from tests.golden.conftest import ROOT, State, assert_close
 
 Load = Callable[[str], State]
@@ -85,11 +87,36 @@ def test_breadcrumbs_and_trimming_by_magnitude(golden: Load, dtype: str) -> None
     assert_close(merged, {name: value + trimmed[f"t0.{name}"] for name, value in base.items()}, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_della_probabilities(golden: Load, dtype: str) -> None:
+    base, (model,) = research(golden, dtype, 1)
+    known = golden(f"research/out__della_keep_prob__normal__{dtype}.safetensors")
+    for name, value in base.items():
+        found = keep_probabilities((model[name] - value).view(-1), value.shape, 0.5, 0.15)
+        assert_close({name: found.view(value.shape)}, {name: known[f"keep_prob.{name}"]}, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_della_rescaled_by_the_norm(golden: Load, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """With mergekit's draws: what it kept is kept."""
+    base, models = research(golden, dtype, 1)
+    cut = golden(f"research/out__della_magprune_seed1234__normal__{dtype}.safetensors")
+
+    def stored(seed: int, model: int, name: str, start: int, count: int) -> torch.Tensor:
+        return torch.where(cut[f"t0.{name}"].view(-1)[start : start + count] != 0, 0.0, 1.0).double()
+
+    monkeypatch.setattr(kernels, "uniforms", stored)
+    merged = mg.merge(models, base=base, method="della", density=0.5, rescale="l1")
+    # its factor is a float32 number
+    assert_close(merged, {name: value + cut[f"t0.{name}"] for name, value in base.items()}, 2e-7)
+
+
 @pytest.mark.parametrize(
     ("case", "method", "options"),
     [
         ("breadcrumbs", "breadcrumbs", {"density": 0.3, "gamma": 0.05, "weights": [0.5, 0.3, 0.4]}),
         ("model_stock", "model_stock", {}),
+        ("sce", "sce", {"select": 0.3}),
     ],
 )
 def test_mergekit(golden: Load, case: str, method: str, options: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"drop_rate": 0.5},
         {"drop_rate": 0.3, "rescale": "l1", "then": "ties"},
         {"drop_rate": [0.2, 0.7], "rescale": "none", "then": "average"},
+        {"drop_rate": 0.2, "rescale": "l1", "then": {"method": "della", "density": 0.6, "rescale": "l1"}},
     ],
     "mats": [
         {"objective": "gram", "solver": "exact"},
@@ -45,6 +46,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": [0.3, 0.5], "gamma": 0.05, "election": "ties", "rescale": "l1"},
         {"density": 0.4, "gamma": 0.1, "election": "ties", "merge": "sum", "count": "mergellm"},
         {"merge": "mean", "gamma": 0.0, "scale": 0.5},
+    ],
+    "sce": [{"select": 0.3, "weights": [1.0, 2.0]}],
+    "della": [
+        {"density": [0.3, 0.6], "epsilon": 0.2, "election": "ties", "rescale": "l1"},
+        {"density": 1.0, "election": "ties", "merge": "sum", "rescale": "none"},
     ],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }
