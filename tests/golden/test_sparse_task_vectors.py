@@ -40,6 +40,8 @@ def research(golden: Load, dtype: str, count: int = 3) -> tuple[State, list[Stat
 
 
 RESEARCH: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "lines_a0.100_b0.5": (3, "lines", {"alpha": 0.1, "beta": 0.5}),
+    "lines_a0.333_b0.4": (3, "lines", {"alpha": 1 / 3, "beta": 0.4}),
     "magmax_0.3": (3, "magmax", {"scale": 0.3}),
     "model_stock_n2": (2, "model_stock", {}),
     "model_stock_n3": (3, "model_stock", {"pairs": "angle"}),
@@ -55,6 +57,13 @@ def test_research_outputs(golden: Load, case: str, dtype: str) -> None:
     # FusionBench keeps the angles of Model Stock in float32, and adds 1e-8 to the norms
     tolerance = max(TOLERANCE[dtype], 2e-7 if method == "model_stock" else 0)
     assert_close(mg.merge(models, base=base, method=method, **options), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lines_finds_alpha(golden: Load, dtype: str) -> None:
+    base, models = research(golden, dtype)
+    expected = golden(f"research/out__lines_a0.333_b0.4__normal__{dtype}.safetensors")
+    assert_close(mg.merge(models, base=base, method="lines", beta=0.4), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -47,6 +47,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.4, "gamma": 0.1, "election": "ties", "merge": "sum", "count": "mergellm"},
         {"merge": "mean", "gamma": 0.0, "scale": 0.5},
     ],
+    "lines": [
+        {"alpha": 0.3, "beta": 0.4, "layers": 4},
+        {"of": "ties", "scale": 0.7},
+        {"of": {"method": "della", "election": "ties"}, "beta": -0.2},
+        {"of": "actmat"},
+    ],
     "sce": [{"select": 0.3, "weights": [1.0, 2.0]}],
     "della": [
         {"density": [0.3, 0.6], "epsilon": 0.2, "election": "ties", "rescale": "l1"},
