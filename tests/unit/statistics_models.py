@@ -207,6 +207,7 @@ class Truth:
 
     gram: dict[str, torch.Tensor]
     output_gram: dict[str, torch.Tensor]
+    mean: dict[str, torch.Tensor]
     fisher: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
 
@@ -248,12 +249,18 @@ def oracle(case: Case, loss: Callable[[nn.Module, Batch], torch.Tensor] = gold_l
         handle.remove()
     model.zero_grad()
 
-    def mean(rows: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def second(rows: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         stacked = {name: torch.stack(parts) for name, parts in rows.items()}
         return {name: m.T @ m / len(m) for name, m in stacked.items()}
 
     every = {name: torch.stack(parts) for name, parts in gradients.items()}
-    return Truth(mean(gram), mean(output_gram), {name: g.square().mean(0) for name, g in every.items()}, every)
+    return Truth(
+        second(gram),
+        second(output_gram),
+        {name: torch.stack(parts).mean(0) for name, parts in gram.items()},
+        {name: g.square().mean(0) for name, g in every.items()},
+        every,
+    )
 
 
 def close(found: torch.Tensor, truth: torch.Tensor, tolerance: float, scale: float = 0.0) -> None:

@@ -49,6 +49,21 @@ def test_gram_and_kfac_are_those_of_single_unpadded_examples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_mean_is_that_of_the_inputs_of_single_unpadded_examples(name: str) -> None:
+    case = make(name)
+    truth = oracle(case)
+    found = ms.collect(case.model, split(case, 2, 3), ["mean"])
+    assert set(found.mean) == set(truth.mean)
+    assert not found.gram
+    assert "loss" not in found.provenance
+    largest = max(float(m.abs().max()) for m in truth.mean.values())
+    for weight, mean in truth.mean.items():
+        close(found.mean[weight], mean, case.tolerance, 1e-3 * largest)
+    both = ms.collect(case.model, [case.batch], ["gram", "mean"])
+    assert all(both.counts[f"mean/{weight}"] == both.counts[f"gram/{weight}"] for weight in truth.mean)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fisher_is_the_mean_of_squared_gradients_of_single_examples(name: str) -> None:
     case = make(name)
     truth = oracle(case)

@@ -25,7 +25,7 @@ def collect(
         str | None, typer.Option("--data", "-d", help="JSON lines with text (text_b), label or target; or plain text.")
     ] = None,
     kinds: Annotated[
-        str, typer.Option("--kinds", "-k", help="Some of gram, kfac, fisher, block, rows; or squisher.")
+        str, typer.Option("--kinds", "-k", help="Some of gram, kfac, mean, fisher, block, rows; or squisher.")
     ] = "gram",
     estimator: Annotated[
         str, typer.Option("--estimator", "-e", help="Where labels come from: empirical, sampled, exact or argmax.")
@@ -65,8 +65,8 @@ def collect(
     json: Json = False,
 ) -> None:
     """Measure a model on its task: Gram matrices, Kronecker factors, Fisher information."""
+    from merganser.statistics import TABLES, prepare
     from merganser.statistics import collect as run
-    from merganser.statistics import prepare
 
     names = [name.strip() for name in kinds.split(",") if name.strip()]
     source = _source(names, data, optimizer)
@@ -122,7 +122,7 @@ def collect(
             print(f"what was done is kept in {escape(str(running))}; --resume continues it", file=sys.stderr)
         raise
     seconds = time.monotonic() - started
-    tensors = {kind: len(found.table(kind)) for kind in ("gram", "output_gram", "fisher", "block", "rows")}
+    tensors = {kind: len(found.table(kind)) for kind in TABLES}
     size = Path(out).stat().st_size
     if json:
         emit(

@@ -203,4 +203,6 @@ def _expected(kind: str, shape: Sequence[int], transposed: bool) -> list[tuple[i
         return None
     rows, columns = shape[0], math.prod(shape[1:])
     inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    if kind == "mean":
+        return [(inputs,)]
     return [(inputs, inputs), (rows,)] if kind == "gram" else [(outputs, outputs)]

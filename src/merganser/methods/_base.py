@@ -65,8 +65,8 @@ class Block(ABC):
         """A statistic of model `index`, or of the base (None), or None if it was not collected for this tensor.
 
         Args:
-            kind: ``"gram"`` (in x in), ``"output_gram"`` (out x out), ``"block"`` (d x d) or ``"rows"`` (n x d), all
-                whole; or ``"fisher"``, the elements that belong to this block's, flat.
+            kind: ``"gram"`` (in x in), ``"output_gram"`` (out x out), ``"mean"`` (in), ``"block"`` (d x d) or
+                ``"rows"`` (n x d), all whole; or ``"fisher"``, the elements that belong to this block's, flat.
             index: the model.
         """
 

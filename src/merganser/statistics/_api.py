@@ -18,7 +18,7 @@ from merganser.statistics._memory import MemoryPlan
 from merganser.statistics._models import ModelFolder, load_model, open_model, skeleton
 from merganser.statistics._settings import Settings, parse_kinds
 from merganser.statistics._squisher import squisher
-from merganser.statistics._statistics import Statistics
+from merganser.statistics._statistics import INPUT_KINDS, Statistics
 
 __all__ = ["collect", "prepare"]
 
@@ -59,7 +59,8 @@ def collect(
         data: batches (each a mapping of the model's arguments with ``labels``, a tensor, or a pair of input and
             labels), or, for a model folder, the path of a file of JSON lines or plain text. For the kind ``squisher``:
             an optimizer, its state dict, or the path of an ``optimizer.pt``.
-        kinds: some of ``gram``, ``kfac`` (gram and output_gram), ``fisher``, ``block``, ``rows``; or ``squisher``.
+        kinds: some of ``gram``, ``kfac`` (gram and output_gram), ``mean``, ``fisher``, ``block`` and ``rows``; or
+            ``squisher``.
         estimator: where labels come from: ``empirical`` (the given ones), ``sampled`` from the model, ``exact`` (all of
             them, each with its probability) or ``argmax``.
         loss: ``"classification"``, ``"causal_lm"``, ``"seq2seq"``, or a function of the model's output and the batch
@@ -173,7 +174,7 @@ def prepare(
             model = model.to(device)
         return Collection(model, data, settings)
     folder = open_model(os.fspath(model))
-    needs_loss = bool(tables - {"gram"})
+    needs_loss = bool(tables - INPUT_KINDS)
     if needs_loss and folder.task is None and loss is None:
         raise InputError(
             "E0419",

@@ -24,7 +24,7 @@ from merganser.statistics._losses import LABEL_SOURCES, make_objective
 from merganser.statistics._memory import MemoryPlan, plan_memory
 from merganser.statistics._resume import Progress, restore, store
 from merganser.statistics._settings import Settings, accumulator
-from merganser.statistics._statistics import Statistics
+from merganser.statistics._statistics import INPUT_KINDS, Statistics
 from merganser.statistics._tape import Quiet
 
 __all__ = ["Collection"]
@@ -103,7 +103,7 @@ class Collection:
         return wanted
 
     def _check_layers(self) -> None:
-        if self._settings.kinds & {"gram", "output_gram"} and not self._layout.sizes():
+        if self._settings.kinds & {*INPUT_KINDS, "output_gram"} and not self._layout.sizes():
             raise InputError(
                 "E0419",
                 "the model has no Linear, Conv1D, Conv2d or Embedding layer that is called as a module",
@@ -216,8 +216,9 @@ class Collection:
         settings = self._settings
         weights = self._weights()
         seen = set(self._layout.leaders)
-        unseen = sorted(self._layout.chosen - seen) if settings.kinds & {"gram", "output_gram"} else []
-        unseen = [name for name in unseen if name not in tables["gram"] and name not in tables["output_gram"]]
+        layered = sorted(settings.kinds & {*INPUT_KINDS, "output_gram"})
+        unseen = sorted(self._layout.chosen - seen) if layered else []
+        unseen = [name for name in unseen if not any(name in tables[table] for table in layered)]
         if unseen:
             self.notes.append(f"{len(unseen)} weights were not used as modules and have no statistics: {unseen[0]} ...")
         if isinstance(self._data, FileBatches):
@@ -226,7 +227,7 @@ class Collection:
                 self.notes.append(f"{self._data.truncated} of the examples were cut to {self._data.max_length} tokens")
         else:
             data = {"digest": state.digest, "examples": [0, state.examples]}
-        uses_loss = bool(settings.kinds - {"gram"})
+        uses_loss = bool(settings.kinds - INPUT_KINDS)
         provenance: dict[str, Any] = {
             "model": {
                 "class": type(self._model).__name__,
@@ -254,7 +255,7 @@ class Collection:
         return Statistics(**tables, counts=counts, provenance=provenance, transposed=self._transposed(tables))
 
     def _transposed(self, tables: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
-        measured = set(tables["gram"]) | set(tables["output_gram"])
+        measured = set(tables["gram"]) | set(tables["output_gram"]) | set(tables["mean"])
         return frozenset(name for name in self._layout.transposed if name in measured)
 
 

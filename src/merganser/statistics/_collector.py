@@ -17,7 +17,7 @@ from merganser.statistics._gradients import (
 )
 from merganser.statistics._layout import Layout
 from merganser.statistics._losses import Objective
-from merganser.statistics._statistics import TABLES
+from merganser.statistics._statistics import INPUT_KINDS, TABLES
 from merganser.statistics._sums import Sums
 from merganser.statistics._tape import Call, Identity, Tape, identity
 
@@ -84,7 +84,7 @@ class Collector:
         backward = "output_gram" in self._kinds or self._hooks is not None
         if backward:
             self._with_gradients(batch)
-        elif self._kinds & {"gram"}:
+        elif self._kinds & INPUT_KINDS:
             with Tape(self._model, self._layout.layers, self._on_call) as tape, torch.no_grad():
                 tape.start(Tokens.of(batch), batch.size)
                 self._call(batch)
@@ -142,7 +142,7 @@ class Collector:
             self._hooks.on_call(call)
         layer = call.layer
         name = self._layout.names.get(id(layer))
-        if name in self._layout.chosen and (self._kinds & {"gram", "output_gram"}):
+        if name in self._layout.chosen and (self._kinds & {*INPUT_KINDS, "output_gram"}):
             assert name is not None
             if not layer.one_hot or name in self._layout.frequencies:
                 self._add_input(name, call)
@@ -172,6 +172,8 @@ class Collector:
                 rows = rows if call.rows is None else rows.index_select(0, call.rows.to(rows.device))
                 if "gram" in self._kinds:
                     self.sums.add_outer(f"gram/{name}", rows)
+                if "mean" in self._kinds:
+                    self.sums.add_sum(f"mean/{name}", rows)
             number = len(rows)
         else:
             known = self._seen.get(leader, [])
@@ -179,8 +181,8 @@ class Collector:
             if number < 0 or known[len(calls)][0] != mark:
                 raise self._not_shared(name, leader)
         calls.append((mark, number))
-        if "gram" in self._kinds:
-            self.sums.count(f"gram/{name}", number)
+        for kind in self._kinds & INPUT_KINDS:
+            self.sums.count(f"{kind}/{name}", number)
         if self._wants_output(layer):
             self.sums.count(f"output_gram/{name}", number)
 
@@ -278,8 +280,8 @@ class Collector:
                     shape = tuple(p.shape) if kind == "fisher" else (p.numel(),) * 2
                     tables[kind][name] = torch.zeros(shape, dtype=self.sums.dtype)
         counts = dict(self.sums.counts)
-        shared = [("gram", *pair) for pair in self._layout.leaders.items()]
-        shared += [(table, *pair) for table in ("gram", "output_gram") for pair in self._layout.aliases.items()]
+        shared = [(table, *pair) for table in sorted(INPUT_KINDS) for pair in self._layout.leaders.items()]
+        shared += [(table, *pair) for table in ("gram", "output_gram", "mean") for pair in self._layout.aliases.items()]
         shared += [(table, *pair) for table in EXAMPLE_KINDS for pair in self._layout.tied.items()]
         for table, name, owner in shared:
             if owner in tables[table]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.errors import Place, ResourceError
 from merganser.statistics._layout import Layout
+from merganser.statistics._statistics import INPUT_KINDS
 
 __all__ = ["MemoryPlan", "plan_memory"]
 
@@ -68,6 +69,8 @@ def plan_memory(
     for name, (inputs, outputs, diagonal) in weights.items():
         if "gram" in kinds and layout.leaders[name] == name:
             sizes[f"gram/{name}"] = 8 * inputs if diagonal else inputs**2 * dtype.itemsize
+        if "mean" in kinds and not diagonal and layout.leaders[name] == name:
+            sizes[f"mean/{name}"] = inputs * dtype.itemsize
         if "output_gram" in kinds and not diagonal and name not in layout.heads:
             sizes[f"output_gram/{name}"] = outputs**2 * dtype.itemsize
     row = 0
@@ -85,5 +88,5 @@ def plan_memory(
         bytes_, count = tables.get(table, (0, 0))
         tables[table] = (bytes_ + size, count + 1)
     largest = max(sizes.items(), key=lambda item: item[1], default=("", 0))
-    shared = sum(leader != name for name, leader in layout.leaders.items()) if "gram" in kinds else 0
+    shared = sum(leader != name for name, leader in layout.leaders.items()) if kinds & INPUT_KINDS else 0
     return MemoryPlan(tables, shared, largest, row, sum(sizes.values()))

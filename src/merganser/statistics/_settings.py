@@ -11,7 +11,7 @@ from merganser.statistics._losses import Loss
 
 __all__ = ["KINDS", "Settings", "accumulator", "parse_kinds"]
 
-KINDS = ("gram", "kfac", "fisher", "block", "rows", "squisher")
+KINDS = ("gram", "kfac", "mean", "fisher", "block", "rows", "squisher")
 
 
 def parse_kinds(kinds: str | Iterable[str]) -> frozenset[str]:

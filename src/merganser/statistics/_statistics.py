@@ -13,6 +13,7 @@ from merganser.errors import InputError, Place, UsageError
 from merganser.statistics._fingerprint import checkpoint_digest
 
 __all__ = [
+    "INPUT_KINDS",
     "TABLES",
     "Statistics",
     "Table",
@@ -26,7 +27,10 @@ __all__ = [
     "sharing",
 ]
 
-TABLES = ("gram", "output_gram", "fisher", "block", "rows")
+TABLES = ("gram", "output_gram", "mean", "fisher", "block", "rows")
+
+INPUT_KINDS = frozenset({"gram", "mean"})
+"""Tables of a linear map's input: a forward pass gives them, without labels."""
 """The fields of `Statistics` that hold tensors, which are also the first part of the keys in a file."""
 
 Tensors = Mapping[str, "torch.Tensor"]
@@ -79,6 +83,7 @@ class Statistics:
         gram: mean over tokens of ``a a'``, shape ``(in, in)``; for an embedding, whose inputs are one-hot, the
             diagonal alone, shape ``(rows,)``. A convolution's input is its unfolded patch.
         output_gram: mean over tokens of ``g g'``, shape ``(out, out)``.
+        mean: mean over tokens of ``a``, shape ``(in,)``; not of embeddings.
         fisher: mean over examples of the squared gradient, in the parameter's shape.
         block: mean over examples of ``v v'``, ``v`` the flattened gradient of the parameter, shape ``(d, d)``.
         rows: gradients of single examples, shape ``(n, d)``; ``rows' rows / n`` is the block.
@@ -89,6 +94,7 @@ class Statistics:
 
     gram: Tensors = field(default_factory=dict)
     output_gram: Tensors = field(default_factory=dict)
+    mean: Tensors = field(default_factory=dict)
     fisher: Tensors = field(default_factory=dict)
     block: Tensors = field(default_factory=dict)
     rows: Tensors = field(default_factory=dict)
@@ -204,6 +210,7 @@ def check_shape(table: str, name: str, shape: tuple[int, ...]) -> None:
     fits = {
         "gram": square or len(shape) == 1,
         "output_gram": square,
+        "mean": len(shape) == 1,
         "fisher": True,
         "block": square,
         "rows": len(shape) == 2,

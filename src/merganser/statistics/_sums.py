@@ -75,6 +75,10 @@ class Sums:
         if len(rows):
             add_gram(self.total(key, (rows.shape[1],) * 2, rows), rows.to(self.dtype))
 
+    def add_sum(self, key: str, rows: torch.Tensor) -> None:
+        """Add the sum of rows of shape ``(n, d)``."""
+        self.total(key, rows.shape[1:], rows).add_(rows.to(self.dtype).sum(0))
+
     def add_squares(self, key: str, gradients: torch.Tensor) -> None:
         """Add the squares of gradients of shape ``(n, *shape)``."""
         total = self.total(key, gradients.shape[1:], gradients)
