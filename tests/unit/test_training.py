@@ -112,7 +112,7 @@ def test_closures_and_groups() -> None:
         calls.append(loss)
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
     assert len(calls) == 3
     assert losses == sorted(losses, reverse=True)
     assert torch.equal(params[1], kept)
