@@ -34,10 +34,12 @@ __all__ = [
     "exact_sum",
     "first_nonfinite",
     "key_dtype",
+    "key_value",
     "magnitude_keys",
     "nonzero",
     "row_dots",
     "row_l1",
+    "signed_keys",
     "top_key",
     "trim_below_",
     "uniforms",
@@ -190,6 +192,22 @@ def magnitude_keys(x: torch.Tensor) -> torch.Tensor:
     return x.abs_().view(key_dtype(x.dtype))
 
 
+def signed_keys(x: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the elements of `x`, whatever their signs; 0 for zeros of both signs.
+
+    The key of a negative element is that of its magnitude, negated. `x` is overwritten.
+    """
+    keys = x.view(key_dtype(x.dtype))
+    negative = keys >> (8 * keys.element_size() - 1)  # -1 or 0
+    return keys.bitwise_and_(torch.iinfo(keys.dtype).max).bitwise_xor_(negative).sub_(negative)
+
+
+def key_value(key: int, dtype: torch.dtype) -> float:
+    """The number of type `dtype` whose key this is; the inverse of `magnitude_keys` and of `signed_keys`."""
+    magnitude = float(torch.tensor([abs(key)], dtype=key_dtype(dtype)).view(dtype))
+    return -magnitude if key < 0 else magnitude
+
+
 @dataclass(frozen=True, slots=True)
 class Bracket:
     """An interval of keys in which the key of a given rank is sought.
@@ -205,6 +223,7 @@ class Bracket:
         high: one past its last key.
         top: one past the largest possible key.
         bits: log2 of the number of bins.
+        bottom: the smallest possible key.
     """
 
     rank: int
@@ -212,6 +231,7 @@ class Bracket:
     high: int
     top: int
     bits: int = 16
+    bottom: int = 0
 
     @property
     def found(self) -> bool:
@@ -220,7 +240,7 @@ class Bracket:
 
     @property
     def shift(self) -> int:
-        """log2 of the number of keys per bin."""
+        """log2 of the number of keys per bin. Bins begin at multiples of their width: no difference can overflow."""
         return max(0, (self.high - self.low - 1).bit_length() - self.bits)
 
     def narrow(self, counter: RankCounter, rank: int | None = None) -> Bracket:
@@ -228,13 +248,13 @@ class Bracket:
         rank = self.rank if rank is None else rank
         inside = int(counter.bins.sum())
         if rank < counter.below:
-            return replace(self, low=0, high=self.low)
+            return replace(self, low=self.bottom, high=self.low)
         if rank >= counter.below + inside:
             return replace(self, low=self.high, high=self.top)
         cumulative = counter.bins.cumsum(0)
         chosen = int(torch.searchsorted(cumulative, rank - counter.below, right=True))
-        low = self.low + (chosen << self.shift)
-        return replace(self, low=low, high=min(self.high, low + (1 << self.shift)))
+        low = ((self.low >> self.shift) + chosen) << self.shift
+        return replace(self, low=max(self.low, low), high=min(self.high, low + (1 << self.shift)))
 
 
 class RankCounter:
@@ -249,22 +269,26 @@ class RankCounter:
     def __init__(self, bracket: Bracket) -> None:
         self.size = 0
         self.below = 0
-        self.bins = torch.zeros(((bracket.high - 1 - bracket.low) >> bracket.shift) + 1, dtype=torch.int64)
+        bins = ((bracket.high - 1) >> bracket.shift) - (bracket.low >> bracket.shift) + 1
+        self.bins = torch.zeros(bins, dtype=torch.int64)
         self._bracket = bracket
         self._lock = threading.Lock()
 
     def add(self, keys: torch.Tensor) -> None:
         """Count the keys of a block."""
         low, high, shift = self._bracket.low, self._bracket.high, self._bracket.shift
-        if low == 0 and high == self._bracket.top:
-            counts = torch.bincount(keys >> shift, minlength=self.bins.numel())[: self.bins.numel()].cpu()
+        if low == self._bracket.bottom and high == self._bracket.top:
+            index = keys >> shift
+            if low < 0:
+                index.sub_(low >> shift).clamp_(min=0)  # of NaN
+            counts = torch.bincount(index, minlength=self.bins.numel())[: self.bins.numel()].cpu()
             with self._lock:
                 self.bins += counts
                 self.size += keys.numel()
             return
         # the first key is counted apart: where task vectors are sparse it is 0, and nearly all entries have it
         below, first, inside = _split(keys, low, high)
-        index = ((inside - low) >> shift).long().cpu()
+        index = (inside >> shift).long().sub_(low >> shift).cpu()
         with self._lock:
             self.below += below
             self.bins[0] += first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from merganser import kernels
@@ -10,14 +10,14 @@ from merganser._torch import torch
 from merganser.kernels import Bracket, RankCounter
 from merganser.methods._base import Block, BlockKey, Context
 
-__all__ = ["Threshold", "exact_thresholds", "magnitude_thresholds"]
-
-Values = Callable[[Block, int], "torch.Tensor"]
-"""What is ranked by magnitude: of a block and a model, in a buffer that may be overwritten."""
+__all__ = ["Threshold", "exact_thresholds", "magnitude_thresholds", "select", "task_vectors"]
 
 _SAMPLED_FROM = 1 << 24
 _SHARE = 1 / 64
 _MARGIN = 0.004
+
+Values = Callable[[Block, Sequence[int]], "Iterator[torch.Tensor]"]
+"""For a block and some models, one flat tensor for each of them; it may be overwritten before the next is taken."""
 
 
 @dataclass(frozen=True)
@@ -48,99 +48,135 @@ class Threshold:
         return kernels.nonzero(delta)
 
 
-def _task_vector(block: Block, index: int) -> torch.Tensor:
-    return block.delta(index, slot=0)
+def task_vectors(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The task vectors of some models, one after the other in the same buffer."""
+    return (block.delta(index, slot=0) for index in models)
 
 
 def exact_thresholds(
-    context: Context, kept: Sequence[int], values: Values = _task_vector, *, per: int = 1
-) -> tuple[Threshold, ...]:
+    context: Context, kept: Sequence[Sequence[int]], values: Values = task_vectors
+) -> list[tuple[Threshold, ...]]:
     """Thresholds that keep so many entries of each model's task vector over all tensors of `context`.
 
     Of equal magnitudes those are kept that come first in the order of the blocks: of names, then of positions.
 
     Args:
         context: the tensors.
-        kept: for each model the number of entries, or `per` of them.
-        values: what is ranked instead of the task vectors.
-        per: thresholds per model, one after the other.
+        kept: for each model one or several numbers of entries.
+        values: what is ranked by magnitude.
 
-    Complexity: that of `magnitude_thresholds`, and one pass more, which counts the equal magnitudes.
+    Returns:
+        For each model one threshold for each of its numbers.
+
+    Complexity: that of `select`, and one pass more, which counts the equal magnitudes.
     """
     numel = context.numel
-    found = [0.0] * len(kept)
+    found = [[0.0] * len(own) for own in kept]
     if numel:
-        found = magnitude_thresholds(context, [min(numel - 1, max(0, numel - n)) for n in kept], values, per=per)
-    found = [0.0 if n >= numel else value for n, value in zip(kept, found, strict=True)]
-    larger, equal = [0] * len(kept), [0] * len(kept)
-    before: list[dict[BlockKey, int]] = [{} for _ in kept]
-    for key, counts in context.each(lambda block: _count_around(block, found, values, per)):
-        for index, (above, tied) in enumerate(counts):
-            before[index][key] = equal[index]
-            larger[index] += above
-            equal[index] += tied
-    return tuple(
-        Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
-        for value, n, above, seen in zip(found, kept, larger, before, strict=True)
-    )
+        found = select(context, [[min(numel - 1, max(0, numel - n)) for n in own] for own in kept], values)
+    limits = [[0.0 if n >= numel else v for n, v in zip(*own, strict=True)] for own in zip(kept, found, strict=True)]
+    larger, equal = ([[0] * len(own) for own in kept] for _ in range(2))
+    before: list[list[dict[BlockKey, int]]] = [[{} for _ in own] for own in kept]
+    for key, counts in context.each(lambda block: _count_around(block, limits, values)):
+        for model, own in enumerate(counts):
+            for index, (above, tied) in enumerate(own):
+                before[model][index][key] = equal[model][index]
+                larger[model][index] += above
+                equal[model][index] += tied
+    return [
+        tuple(
+            Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
+            for value, n, above, seen in zip(*own, strict=True)
+        )
+        for own in zip(limits, kept, larger, before, strict=True)
+    ]
 
 
-def _count_around(block: Block, thresholds: Sequence[float], values: Values, per: int) -> list[tuple[int, int]]:
-    """For each model the numbers of magnitudes above its thresholds, and equal to them."""
+def _count_around(block: Block, limits: Sequence[Sequence[float]], values: Values) -> list[list[tuple[int, int]]]:
+    """For each model the numbers of magnitudes above each of its limits, and equal to it."""
     counts = []
-    for index, threshold in enumerate(thresholds):
-        if index % per == 0:
-            magnitude = values(block, index // per).abs_()
-        tied = int(kernels.equal_to(magnitude, threshold).sum())
-        counts.append((int(kernels.at_least(magnitude, threshold).sum()) - tied, tied))
+    for numbers, own in zip(values(block, range(len(limits))), limits, strict=True):
+        magnitude = numbers.abs_()
+        tied = [int(kernels.equal_to(magnitude, limit).sum()) for limit in own]
+        above = [int(kernels.at_least(magnitude, limit).sum()) for limit in own]
+        counts.append([(upper - same, same) for upper, same in zip(above, tied, strict=True)])
     return counts
 
 
-def magnitude_thresholds(
-    context: Context, ranks: Sequence[int], values: Values = _task_vector, *, per: int = 1
-) -> list[float]:
+def magnitude_thresholds(context: Context, ranks: Sequence[int]) -> list[float]:
     """For every model the task-vector magnitude of a given rank, over all tensors of `context`.
 
     Args:
         context: the tensors.
-        ranks: for each model the 0-based rank in ascending order of ``|W_i - W_0|``, or `per` of them.
-        values: what is ranked instead of the task vectors.
-        per: ranks per model, one after the other.
+        ranks: for each model the 0-based rank in ascending order of ``|W_i - W_0|``.
 
     Returns:
         The magnitudes, exact: the same values as sorting all magnitudes would give.
 
-    Complexity: two passes over the models for float32 (radix selection, 16 + 15 bits), one for more than 2^24
+    Complexity: as for `select`.
+    """
+    return [found for (found,) in select(context, [[rank] for rank in ranks], task_vectors)]
+
+
+def select(
+    context: Context, ranks: Sequence[Sequence[int]], values: Values, *, signed: bool = False
+) -> list[list[float]]:
+    """For every model the values of given ranks among some numbers that belong to it, over all tensors of `context`.
+
+    Args:
+        context: the tensors.
+        ranks: for each model 0-based ranks in ascending order.
+        values: gives the numbers, of the compute type; the same bits in every pass, whatever the blocks.
+        signed: order by the numbers themselves, not by their magnitudes.
+
+    Returns:
+        For each model its values (or magnitudes), exact: the same as sorting would give.
+
+    Complexity: two passes over the models for float32 (radix selection, 16 + 16 bits), one for more than 2^24
     elements (a sample of 1/64 gives the interval, the pass verifies it), four for float64; memory O(2^20) counters
     per model and thread.
     """
+    count = sum(len(own) for own in ranks)
     top = kernels.top_key(context.dtype)
-    bits = max(8, min(20, (context.counters // max(1, len(ranks))).bit_length() - 1))
-    brackets = [Bracket(rank, 0, top, top, min(16, bits)) for rank in ranks]
+    bits = max(8, min(20, (context.counters // max(1, count)).bit_length() - 1))
+    bottom = 1 - top if signed else 0
+    brackets = [[Bracket(rank, bottom, top, top, min(16, bits), bottom) for rank in own] for own in ranks]
+    keys = kernels.signed_keys if signed else kernels.magnitude_keys
     if context.numel >= _SAMPLED_FROM:
-        counters = _count(context, brackets, values, per, share=_SHARE)
-        brackets = [_guess(b, c, context.numel, bits) for b, c in zip(brackets, counters, strict=True)]
-    while not all(bracket.found for bracket in brackets):
-        counters = _count(context, brackets, values, per)
-        brackets = [b if b.found else b.narrow(c) for b, c in zip(brackets, counters, strict=True)]
-    keys = torch.tensor([bracket.low for bracket in brackets], dtype=torch.int64)
-    found: list[float] = keys.to(kernels.key_dtype(context.dtype)).view(context.dtype).tolist()
-    return found
+        counters = _count(context, brackets, values, keys, share=_SHARE)
+        brackets = _each(lambda b, c: _guess(b, c, context.numel, bits), brackets, counters)
+    while not all(bracket.found for own in brackets for bracket in own):
+        counters = _count(context, brackets, values, keys)
+        brackets = _each(lambda b, c: b if b.found else b.narrow(c), brackets, counters)
+    return [[kernels.key_value(bracket.low, context.dtype) for bracket in own] for own in brackets]
+
+
+def _each(
+    fn: Callable[[Bracket, RankCounter], Bracket],
+    brackets: Sequence[Sequence[Bracket]],
+    counters: Sequence[Sequence[RankCounter]],
+) -> list[list[Bracket]]:
+    return [[fn(b, c) for b, c in zip(*own, strict=True)] for own in zip(brackets, counters, strict=True)]
 
 
 def _count(
-    context: Context, brackets: Sequence[Bracket], values: Values, per: int, *, share: float = 1.0
-) -> list[RankCounter]:
-    """One pass that counts the magnitudes of every model whose key is not found yet."""
-    counters = [RankCounter(bracket) for bracket in brackets]
+    context: Context,
+    brackets: Sequence[Sequence[Bracket]],
+    values: Values,
+    keys: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    share: float = 1.0,
+) -> list[list[RankCounter]]:
+    """One pass that counts the keys of every model some of whose keys are not found yet."""
+    counters = [[RankCounter(bracket) for bracket in own] for own in brackets]
+    wanted = [index for index, own in enumerate(brackets) if not all(bracket.found for bracket in own)]
 
     def count(block: Block) -> None:
-        for model in range(len(brackets) // per):
-            mine = [i for i in range(model * per, model * per + per) if not brackets[i].found]
-            if mine:
-                keys = kernels.magnitude_keys(values(block, model))
-                for index in mine:
-                    counters[index].add(keys)
+        for index, numbers in zip(wanted, values(block, wanted), strict=True):
+            found = keys(numbers)
+            for bracket, counter in zip(brackets[index], counters[index], strict=True):
+                if not bracket.found:
+                    counter.add(found)
 
     for _ in context.each(count, share=share):
         pass

@@ -97,9 +97,7 @@ class Breadcrumbs(Method, name="breadcrumbs"):
 
     def _bands(self, context: Context) -> list[Band]:
         counts = [self.kept(context.numel, index) for index in range(context.models)]
-        flat = [count for pair in counts for count in pair]
-        found = exact_thresholds(context, flat, per=2)
-        return list(zip(found[::2], found[1::2], strict=True))
+        return [(outer, top) for outer, top in exact_thresholds(context, counts)]
 
     def merge(self, block: Block, state: Transform) -> torch.Tensor:
         """The second stage on what is kept."""

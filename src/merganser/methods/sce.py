@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merganser import kernels
@@ -80,7 +80,7 @@ class Sce(Method, name="sce"):
                 varying[key.name] += count
             for name in context.specs:
                 kept = int(varying[name] * self.select)
-                (thresholds[name],) = exact_thresholds(context.only(name), [kept], lambda block, _: _variance(block))
+                ((thresholds[name],),) = exact_thresholds(context.only(name), [[kept]], _variances)
         shares: dict[str, list[float]] = {}
         state = _SceState(thresholds, shares)
         parts: dict[str, list[list[Partials]]] = defaultdict(list)
@@ -117,6 +117,10 @@ class Sce(Method, name="sce"):
         # where nothing is left the sum is 0, whatever it is divided by
         total.div_(divisor.clamp_(min=torch.finfo(divisor.dtype).tiny))
         return total.mul_(sign).mul_(self.scale).add_(block.base)
+
+
+def _variances(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
+    return iter((_variance(block),))
 
 
 def _variance(block: Block) -> torch.Tensor:

@@ -93,7 +93,7 @@ class Ties(Method, name="ties"):
         numel = context.numel
         kept = [int(numel * per_model(self.density, index)) for index in range(context.models)]
         if self.count == "exact":
-            return exact_thresholds(context, kept)
+            return tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))
         # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
         ranks = [max(0, numel - n - 1) for n in kept]
         values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks]) if numel else [0.0] * len(kept)
