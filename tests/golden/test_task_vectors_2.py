@@ -37,6 +37,16 @@ def test_pcb(golden: Load, variant: str, options: dict[str, Any], density: float
     assert_close({"t": flat(merged, base)}, {"t": expected}, 1e-6)
 
 
+@pytest.mark.parametrize("direction", ["chord", "cosine"])
+@pytest.mark.parametrize(("threshold", "score", "n"), [(1.0, 1.0, 2), (1.0, 1.0, 3), (1.0, 0.7, 3), (1.5, 1.0, 3)])
+def test_widen(golden: Load, threshold: float, score: float, n: int, direction: str) -> None:
+    """The deltas are large enough for the authors' float32 cosines; threshold 2 is decided by rounding, so not here."""
+    base, models = inputs(golden, MODELS[:n])
+    expected = golden(f"task_vectors/widen/generic_widen_t{threshold}_s{score}_n{n}.safetensors")
+    options: dict[str, Any] = {"threshold": threshold, "score": score, "direction": direction}
+    assert_close(mg.merge(models, base=base, method="widen", **options), expected, 1e-6)
+
+
 RESEARCH: dict[str, tuple[str, dict[str, Any]]] = {
     "pcb_r0.05_lam1.2": ("pcb", {"scale": 1.2}),
     "pcb_r0.1_lam1.2": ("pcb", {"scale": 1.2, "density": 0.1}),
