@@ -47,7 +47,18 @@ def test_widen(golden: Load, threshold: float, score: float, n: int, direction: 
     assert_close(mg.merge(models, base=base, method="widen", **options), expected, 1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("release", "keep_diagonal"), [("asreleased", True), ("diagfix", False)])
+def test_opcm(golden: Load, release: str, keep_diagonal: bool, alpha: float) -> None:
+    """The tolerance is that of the authors' float32; alpha = 1 is decided by rounding there, so it is not here."""
+    base, models = inputs(golden)
+    expected = golden(f"task_vectors/opcm/generic_{release}_alpha{alpha}.safetensors")
+    merged = mg.merge(models, base=base, method="opcm", alpha=alpha, keep_diagonal=keep_diagonal)
+    assert_close(merged, expected, 5e-6)
+
+
 RESEARCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "opcm_0.5": ("opcm", {}),
     "pcb_r0.05_lam1.2": ("pcb", {"scale": 1.2}),
     "pcb_r0.1_lam1.2": ("pcb", {"scale": 1.2, "density": 0.1}),
     "pcb_r0.2_lam1.2": ("pcb", {"scale": 1.2, "density": 0.2}),

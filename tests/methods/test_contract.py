@@ -58,6 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": [0.3, 0.6], "epsilon": 0.2, "election": "ties", "rescale": "l1"},
         {"density": 1.0, "election": "ties", "merge": "sum", "rescale": "none"},
     ],
+    "opcm": [{"alpha": 0.9, "keep_diagonal": True, "scale": 0.5}, {"alpha": 1.0, "weights": [2.0, -1.0]}],
     "widen": [{"threshold": 1.5, "score": 0.7, "direction": "cosine", "weights": [0.5, 2.0]}],
     "pcb": [{"variant": "vision", "scale": 1.2}, {"variant": "es", "density": 0.7}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],

@@ -48,7 +48,7 @@ class Widen(Method, name="widen"):
         hurts="Many models: the scores are not normalised, so that their sum grows; lower the scale.",
         work=40,
         passes=2,
-        deviations="The released code takes 1 - cos in float32 (direction=cosine): the ranks of small changes are noise.",
+        deviations="The released code takes 1 - cos in float32 (direction=cosine); small changes then rank by noise.",
     )
     scope = "model"
     needs = frozenset({"base"})

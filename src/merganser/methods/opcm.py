@@ -1,0 +1,134 @@
+"""OPCM: models merged one after the other, each without its part in the directions that are taken already."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from merganser import kernels
+from merganser._torch import torch
+from merganser.blocks import BlockSpec, Role
+from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._options import option
+
+__all__ = ["Opcm"]
+
+
+@dataclass(frozen=True)
+class OpcmState:
+    """What the passes before the merge found.
+
+    Attributes:
+        norms: those of the task vectors, over the whole model.
+        total: the norm of the sum of the cleaned task vectors.
+    """
+
+    norms: tuple[float, ...]
+    total: float
+
+    @property
+    def factor(self) -> float:
+        """What brings the sum to the mean norm of the task vectors."""
+        return math.fsum(self.norms) / len(self.norms) / self.total if self.total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Opcm(Method, name="opcm"):
+    """Orthogonal projection-based continual merging: ``W = W_0 + scale S mean_i ||t_i|| / ||S||``.
+
+    S is the running sum of cleaned task vectors; norms are over the whole model. Weights of linear layers take
+    ``S <- S + t - U K V'`` with the thin SVD ``S = U diag(s) V'`` and ``M = U' t V``: K is M in its leading block
+    ``[:r, :r]``, and the diagonal of M outside of it, else 0. r is the number of leading singular values whose
+    cumulative share of ``sum(s)`` is at most `alpha`. All other tensors, embeddings among them: ``S <- S + t``.
+    `weights` multiply the task vectors.
+
+    The order of the models matters. This is the method of the paper without its rescaling at every step, which cancels.
+    Directions whose singular value is zero to rounding have no diagonal entry in M: there S is empty, and U and V
+    would be arbitrary.
+
+    ``keep_diagonal=True`` leaves the diagonal alone, as the first released code did by mistake.
+
+    Two passes with one SVD per matrix and arriving model in each: O(models out in min(out, in)). Memory of one matrix
+    and its factors.
+    """
+
+    alpha: float = option(0.5, "share of the singular values whose directions are taken", ge=0.0, le=1.0)
+    keep_diagonal: bool = option(False, "keep the diagonal outside of the leading block, as the first code did")
+
+    about = About(
+        title="Models one after the other, each without its part in the directions that are taken already",
+        equation="S <- S + t_i - U K V',  K = (U' t_i V on the leading block and the diagonal);  "
+        "W = W_0 + lambda S mean_i ||t_i|| / ||S||",
+        source="Tang et al., Merging models on the fly without retraining (OPCM), 2025, arXiv:2501.09522",
+        helps="Models that arrive one by one: a new one is added to the merge without the earlier ones.",
+        hurts="The order matters; one SVD per matrix and model.",
+        work=60,
+        passes=2,
+        deviations="The first release does not remove the diagonal (keep_diagonal=true); FusionBench does.",
+    )
+    scope = "model"
+    needs = frozenset({"base"})
+    symmetric = False
+
+    def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
+        """Matrices that are not embeddings."""
+        return len(spec.shape) == 2 and spec.role in (Role.LINEAR, Role.HEAD) and spec.numel > 0
+
+    def workspace(self, spec: BlockSpec, models: int) -> int:
+        """The factors, the products with them, and the working memory of the SVD."""
+        return 5 * spec.numel + 6 * min(spec.shape) ** 2
+
+    def buffers(self, models: int) -> int:
+        """The sum, the arriving task vector, and two for the float64 pieces of norms."""
+        return 4
+
+    def prepare(self, context: Context) -> OpcmState:
+        """The norms of the task vectors and of the sum."""
+        parts = [values for _, values in context.each(self._squares, as_merged=True)]
+        if not parts:
+            return OpcmState((0.0,) * context.models, 0.0)
+        *norms, total = (math.sqrt(kernels.exact_sum(column)) for column in zip(*parts, strict=True))
+        return OpcmState(tuple(norms), total)
+
+    def _squares(self, block: Block) -> list[kernels.Partials]:
+        """Sums of squares of the task vectors and, last, of the sum of the cleaned ones."""
+        found: list[kernels.Partials] = []
+        total = self._sum(block, found)
+        return [*found, kernels.chunk_dots(total, total)]
+
+    def _sum(self, block: Block, squares: list[kernels.Partials] | None = None) -> torch.Tensor:
+        """The sum of the cleaned task vectors; the squares of the task vectors are added to `squares`."""
+        total = block.buffer("sum").zero_()
+        matrix = self.whole(block.spec, frozenset())
+        for index, weight in enumerate(block.weights):
+            delta = block.delta(index, slot=0)
+            if weight != 1:
+                delta.mul_(weight)
+            if squares is not None:
+                squares.append(kernels.chunk_dots(delta, delta))
+            if matrix and index:
+                shape = block.spec.shape
+                delta.view(shape).sub_(self._taken(total.view(shape), delta.view(shape)))
+            total.add_(delta)
+        return total
+
+    def _taken(self, total: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """``U K V'``: the part of a task vector in the directions that the sum has taken."""
+        u, s, vh = torch.linalg.svd(total, full_matrices=False)
+        eps = torch.finfo(s.dtype).eps
+        rank = int((s > s[0] * max(total.shape) * eps).sum())
+        if not rank:
+            return torch.zeros_like(delta)
+        shares = s.double().cumsum(0) / s.double().sum()
+        leading = min(rank, int((shares <= self.alpha + 16 * eps).sum()))
+        u, v = u[:, :rank], vh[:rank].mT
+        product = delta @ v
+        taken: torch.Tensor = u[:, :leading] @ (u[:, :leading].mT @ product[:, :leading]) @ v[:, :leading].mT
+        if not self.keep_diagonal:
+            rest = u[:, leading:]
+            taken += (rest * (rest * product[:, leading:]).sum(dim=0)) @ v[:, leading:].mT
+        return taken
+
+    def merge(self, block: Block, state: OpcmState) -> torch.Tensor:
+        """The base plus the sum, scaled to the mean norm of the task vectors."""
+        return self._sum(block).mul_(self.scale * state.factor).add_(block.base)
