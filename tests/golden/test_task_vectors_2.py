@@ -75,3 +75,22 @@ def test_research_outputs(golden: Load, case: str, dtype: str) -> None:
     merged = mg.merge(models, base=base, method=method, **options)
     assert all(merged[name].dtype == value.dtype for name, value in expected.items())
     assert_close(merged, expected, 1e-8 if dtype == "f64" else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_emr(golden: Load, dtype: str) -> None:
+    """The released code keeps its rescalers in float32 whatever the models' type."""
+    base = golden(f"research/in__base__normal__{dtype}.safetensors")
+    models = [golden(f"research/in__ft{i}__normal__{dtype}.safetensors") for i in range(3)]
+    stored = golden(f"research/out__emr__normal__{dtype}.safetensors")
+    released: Any = mg.merge(models, base=base, method="emr", rescaler="means")
+    paper: Any = mg.merge(models, base=base, method="emr")
+    unified = {name: stored[f"unified.{name}"] for name in base}
+    for index in range(3):
+        expected = {name: stored[f"task{index}.{name}"] for name in base}
+        assert_close(released[index], expected, 1e-7 if dtype == "f64" else 1e-6)
+        masks = {name: stored[f"mask{index}.{name}"].to(base[name].dtype) for name in base}
+        own = sum(float((models[index][name] - base[name]).abs().sum()) for name in base)
+        factor = own / sum(float((masks[name] * unified[name]).abs().sum()) for name in base)
+        exact = {name: base[name] + factor * masks[name] * unified[name] for name in base}
+        assert_close(paper[index], exact, 1e-8 if dtype == "f64" else 1e-6)
