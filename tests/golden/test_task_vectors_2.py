@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 import merganser as mg
+from merganser.training import AdapterPull, train_graft_mask
 from tests.golden.conftest import State, assert_close
 
 Load = Callable[[str], State]
@@ -94,3 +96,77 @@ def test_emr(golden: Load, dtype: str) -> None:
         factor = own / sum(float((masks[name] * unified[name]).abs().sum()) for name in base)
         exact = {name: base[name] + factor * masks[name] * unified[name] for name in base}
         assert_close(paper[index], exact, 1e-8 if dtype == "f64" else 1e-6)
+
+
+def last_logits(weights: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The loss of the golden masks: a tiny language model's cross-entropy at the last token."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weights[name]
+
+    layer = "model.layers.0"
+    hidden = weights["model.embed_tokens.weight"][batch[0]]
+    x = norm(hidden, f"{layer}.input_layernorm.weight")
+    x = functional.linear(x, weights[f"{layer}.self_attn.q_proj.weight"], weights[f"{layer}.self_attn.q_proj.bias"])
+    x = functional.relu(functional.linear(x, weights[f"{layer}.mlp.up_proj.weight"]))
+    hidden = hidden + functional.linear(x, weights[f"{layer}.mlp.down_proj.weight"])
+    logits = functional.linear(norm(hidden, "model.norm.weight"), weights["lm_head.weight"])
+    return functional.cross_entropy(logits[:, -1], batch[1])
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_graft(golden: Load, density: float) -> None:
+    """The base patch, the scores after three epochs of training (seen through many thresholds), and the graft."""
+    base, (tuned,) = inputs(golden, ("ft1",))
+    data = golden(f"task_vectors/grafting/generic_ft1_sparsity{density}.safetensors")
+
+    def part(prefix: str) -> State:
+        return {k.removeprefix(f"{prefix}.t."): v for k, v in data.items() if k.startswith(f"{prefix}.t.")}
+
+    dataless = mg.merge([tuned], base=base, method="graft", density=density)
+    assert_close(dataless, part("grafted_basepatch_only"), 1e-7)
+    patch = part("basepatch")
+    batches = [(data[f"ids.{i}"], data[f"labels.{i}"]) for i in range(4)]
+    grafted: list[dict[str, torch.Tensor]] = []
+    soft: list[dict[str, torch.Tensor]] = []
+
+    def loss(weights: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        soft.append({name: value.detach().clone() for name, value in weights.items()})
+        return last_logits(weights, batch)
+
+    def score(weights: dict[str, torch.Tensor]) -> float:
+        grafted.append(weights)
+        return float(len(grafted))
+
+    options: dict[str, Any] = {"density": density, "learning_rate": 1e4, "accumulate": 4, "init": part("init")}
+    mask = train_graft_mask(base, tuned, loss, batches, epochs=4, score=score, **options)
+    assert all(torch.equal(mask[name], value.bool()) for name, value in patch.items())
+    # the weights of the fourth epoch are those at the scores after the third
+    for name, final in part("final").items():
+        gate = patch[name] + (1 - 2 * patch[name]) * torch.sigmoid(final - 10)
+        expected = base[name] + gate * (tuned[name] - base[name])
+        assert torch.allclose(soft[12][name], expected, rtol=0, atol=2e-8), name
+    merged = mg.merge([tuned], base=base, method="graft", mask=mask)
+    assert_close(merged, part("grafted"), 1e-7)
+    assert_close(grafted[2], part("grafted"), 1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5])
+def test_mos(golden: Load, momentum: float) -> None:
+    data = golden(f"task_vectors/mos/ema_mom{momentum}.safetensors")
+    names = sorted({key.split(".", 3)[3] for key in data})
+
+    def state(kind: str, task: int, step: int) -> State:
+        return {name: data[f"{kind}.t{task}.s{step}.{name}"].clone() for name in names}
+
+    finished: list[State] = []
+    for task in range(3):
+        pull = AdapterPull(finished, momentum=momentum)
+        adapter = state("before", task, 0)
+        for step in range(4):
+            for name, value in state("upd", task, step).items() if step else ():
+                adapter[name] += value
+            assert_close(adapter, state("before", task, step), 1e-6)
+            pull.step(adapter)
+            assert_close(adapter, state("after", task, step), 1e-6)
+        finished.append(adapter)
