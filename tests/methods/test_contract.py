@@ -58,6 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"density": [0.3, 0.6], "epsilon": 0.2, "election": "ties", "rescale": "l1"},
         {"density": 1.0, "election": "ties", "merge": "sum", "rescale": "none"},
     ],
+    "graft": [{"density": 0.3, "scale": 0.5}, {"mask": {"model.layers.0.norm.weight": torch.arange(40) % 2 == 0}}],
     "opcm": [{"alpha": 0.9, "keep_diagonal": True, "scale": 0.5}, {"alpha": 1.0, "weights": [2.0, -1.0]}],
     "emr": [{"rescaler": "means", "weights": [0.5, 1.5]}],
     "widen": [{"threshold": 1.5, "score": 0.7, "direction": "cosine", "weights": [0.5, 2.0]}],

@@ -158,6 +158,11 @@ class StreamBlock(Block):
             )
         return value.to(dtype=self._tensor.dtype, device=self._reader.device)
 
+    def tensor(self, option: str, index: int) -> torch.Tensor | None:
+        found = self._tensor.options.get(option, (None,))
+        source = found[index if len(found) > 1 else 0]
+        return None if source is None else self._load(source, f"option {option}")
+
     def facts(self, index: int) -> Mapping[str, Any]:
         return self._tensor.statistics[index].evidence.statistics.provenance if self._tensor.statistics else {}
 

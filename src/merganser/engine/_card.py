@@ -12,7 +12,7 @@ from typing import Any
 from merganser._version import __version__
 from merganser.checkpoint import Checkpoint
 from merganser.engine._plan import Plan
-from merganser.methods import Method, option_name
+from merganser.methods import Method, Tensors, option_name
 
 __all__ = ["describe_method", "lock_data", "model_card"]
 
@@ -40,7 +40,9 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, Method):
         inner = describe_method(value)
         return {"method": inner["name"], **inner["options"]}
-    return value
+    if isinstance(value, Tensors):
+        return public_name(value.reference)
+    return [_plain_value(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _models(plan: Plan) -> list[str]:

@@ -19,9 +19,14 @@ __all__ = ["Demands", "OpenModels"]
 
 
 class OpenModels:
-    """The models of a merge, each opened once."""
+    """The models of a merge, each opened once.
+
+    Attributes:
+        beside: those that are not models but tensors of an option (masks), which may be of any type.
+    """
 
     def __init__(self) -> None:
+        self.beside: list[Checkpoint] = []
         self._pool = FilePool()
         self._opened: list[tuple[Any, Checkpoint]] = []
 
@@ -32,6 +37,13 @@ class OpenModels:
                 return checkpoint
         checkpoint = open_checkpoint(model, label=label, pool=self._pool)
         self._opened.append((model, checkpoint))
+        return checkpoint
+
+    def open_beside(self, tensors: Any, label: str) -> Checkpoint:
+        """The checkpoint of an option's tensors."""
+        checkpoint = self.open(tensors, label)
+        if checkpoint not in self.beside:
+            self.beside.append(checkpoint)
         return checkpoint
 
     def everyone(self) -> list[Checkpoint]:
@@ -62,6 +74,7 @@ class Demands:
             check_evidence(self._base_evidence, checkpoint)
         self._weights: Checkpoint | None = None
         self._used: set[str] = set()
+        self._unmatched: dict[int, tuple[str, Checkpoint, set[str]]] = {}
         if recipe.init is not None and is_method(recipe.init):
             self.start = init_method(recipe.init)
         elif recipe.init is not None:
@@ -158,11 +171,23 @@ class Demands:
             )
 
     def check_used(self) -> None:
-        """Refuse statistics and an initialisation that no tensor's method has a use for.
+        """Refuse statistics, an initialisation and tensors of options that no tensor's method has a use for.
 
         Raises:
             RecipeError: E0305.
+            InputError: E0406.
         """
+        for option, checkpoint, names in self._unmatched.values():
+            if not names:
+                continue
+            first = min(names)
+            if len(names) == len(checkpoint.specs()):
+                raise InputError(
+                    "E0406",
+                    f"no tensor in `{option}` has the name of one that is merged; `{first}` is the first",
+                    places=Place(file=checkpoint.place_of(first), tensor=first),
+                )
+            self.warnings.append(f"{len(names)} tensors in `{option}` are not among those merged: {escape(first)}, ...")
         for given, key, what in (
             (self._evidence and not self._used & set(TABLES), "statistics", "statistics"),
             (self._recipe.init is not None and "init" not in self._used, "init", "an initialisation"),
@@ -204,6 +229,31 @@ class Demands:
     def base_statistics(self, base: Input) -> TensorEvidence | None:
         """The statistics of the base's tensor, if they were given."""
         return None if self._base_evidence is None else TensorEvidence(self._base_evidence, base.name)
+
+    def options(self, method: Method, inputs: Sequence[Input], name: str) -> dict[str, tuple[Input | None, ...]]:
+        """The tensor's namesakes in the options that hold tensors.
+
+        Raises:
+            InputError: E0407, one of them has another shape.
+        """
+        found: dict[str, tuple[Input | None, ...]] = {}
+        for option, given in method.tensors().items():
+            group: list[Input | None] = []
+            for tensors in given:
+                checkpoint = self._models.open_beside(tensors.reference, option)
+                spec = checkpoint.specs().get(name)
+                group.append(None if spec is None else Input(checkpoint, name))
+                if spec is not None and spec.shape != inputs[0].spec.shape:
+                    raise InputError(
+                        "E0407",
+                        f"`{name}` has the shape {list(inputs[0].spec.shape)}, and {list(spec.shape)} in `{option}`",
+                        places=Place(file=checkpoint.place_of(name), tensor=name),
+                    )
+                self._unmatched.setdefault(id(checkpoint), (option, checkpoint, set(checkpoint.specs())))[2].discard(
+                    name
+                )
+            found[option] = tuple(group)
+        return found
 
     def init(self, method: Method, first: Input, name: str) -> Input | None:
         """The tensor to start from, where the user gave weights for that."""

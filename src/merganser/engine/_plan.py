@@ -177,7 +177,8 @@ class _Planner:
         if len(models) < len(recipe.slices[0].sources):
             warnings.append("the same model is listed twice")
         for checkpoint in opened.everyone():
-            refuse_unmergeable(checkpoint)
+            if checkpoint not in opened.beside:
+                refuse_unmergeable(checkpoint)
         check_configs(participants, recipe.heads != "merge")
         aliases, ties = find_ties(participants)
         rules = TensorRules(recipe, method, dtype, opened, aliases)
@@ -295,5 +296,6 @@ def _bytes_read(tensors: Sequence[TensorPlan]) -> int:
     total = 0
     for tensor in tensors:
         once = sum(source.spec.nbytes for source in tensor.inputs) + (tensor.base.spec.nbytes if tensor.base else 0)
+        once += sum(source.spec.nbytes for group in tensor.options.values() for source in group if source is not None)
         total += once * (tensor.method.passes() if tensor.method is not None else 1)
     return total

@@ -237,6 +237,7 @@ class TensorRules:
             statistics=statistics,
             base_statistics=self.demands.base_statistics(base) if method.takes_base_statistics else None,
             init=self.demands.init(method, inputs[0], name),
+            options=self.demands.options(method, inputs, name),
         )
 
     def _check_patterns(self, names: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
@@ -47,6 +48,7 @@ class TensorPlan:
         statistics: those of each input; empty unless every input has some.
         base_statistics: those of the base, if they were given.
         init: the tensor to start from, where the user gave weights for that.
+        options: by option of the method, the namesakes of this tensor in it: one for all models, or one for each.
     """
 
     spec: BlockSpec
@@ -59,6 +61,7 @@ class TensorPlan:
     statistics: tuple[TensorEvidence, ...] = ()
     base_statistics: TensorEvidence | None = None
     init: Input | None = None
+    options: Mapping[str, tuple[Input | None, ...]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> frozenset[str]:

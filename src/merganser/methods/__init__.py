@@ -2,7 +2,16 @@
 
 from merganser.methods._base import About, Block, BlockKey, Context, Method, TransformedBlock, TransformedContext
 from merganser.methods._compose import Composed
-from merganser.methods._options import list_option, method_option, option, option_info, option_name, per_model
+from merganser.methods._options import (
+    Tensors,
+    list_option,
+    method_option,
+    option,
+    option_info,
+    option_name,
+    per_model,
+    tensors_option,
+)
 from merganser.methods._registry import all_methods, create_method, find_method
 from merganser.methods._search import Choice, Search, Trials
 
@@ -15,6 +24,7 @@ __all__ = [
     "Context",
     "Method",
     "Search",
+    "Tensors",
     "TransformedBlock",
     "TransformedContext",
     "Trials",
@@ -27,4 +37,5 @@ __all__ = [
     "option_info",
     "option_name",
     "per_model",
+    "tensors_option",
 ]

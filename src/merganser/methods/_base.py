@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import MerganserError, Place, RecipeError
-from merganser.methods._options import check_options, option, option_info, option_name
+from merganser.methods._options import Tensors, check_options, option, option_info, option_name
 
 __all__ = ["About", "Block", "BlockKey", "Context", "Method", "Transform", "TransformedBlock", "TransformedContext"]
 
@@ -69,6 +69,10 @@ class Block(ABC):
                 ``"rows"`` (n x d), all whole; or ``"fisher"``, the elements that belong to this block's, flat.
             index: the model.
         """
+
+    @abstractmethod
+    def tensor(self, option: str, index: int) -> torch.Tensor | None:
+        """The elements of this tensor's namesake in an option that holds tensors, for model `index`; None without."""
 
     @abstractmethod
     def facts(self, index: int) -> Mapping[str, Any]:
@@ -181,6 +185,10 @@ class TransformedBlock(Block):
     def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
         """A statistic of a model."""
         return self._inner.statistic(kind, index)
+
+    def tensor(self, option: str, index: int) -> torch.Tensor | None:
+        """The elements of this tensor's namesake in an option."""
+        return self._inner.tensor(option, index)
 
     def facts(self, index: int) -> Mapping[str, Any]:
         """What is written down about the statistics of a model."""
@@ -321,6 +329,11 @@ class Method(ABC):
     def outputs(self, models: int) -> tuple[int, ...]:
         """Keys of the merged models, where there are several; empty for one."""
         return ()
+
+    def tensors(self) -> dict[str, tuple[Tensors, ...]]:
+        """The options that hold tensors and are given: one for all models, or one for each."""
+        given = {name: getattr(self, f.name) for name, f in self.options().items() if option_info(f).tensors}
+        return {k: v if isinstance(v, tuple) else (v,) for k, v in given.items() if v is not None}
 
     def passes(self) -> int:
         """How often every weight is read with these options."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from merganser.blocks import BlockSpec
 from merganser.methods._base import Context, Method, State
+from merganser.methods._options import Tensors
 
 __all__ = ["Composed"]
 
@@ -30,6 +31,10 @@ class Composed(Method):
     def requires(self, models: int) -> frozenset[str]:
         """What both need."""
         return self.needs | self.inner.requires(models)
+
+    def tensors(self) -> dict[str, tuple[Tensors, ...]]:
+        """Those of both."""
+        return super().tensors() | self.inner.tensors()
 
     def check(self, models: int, weights: Sequence[float]) -> None:
         """Also what the inner method asks for."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merganser.errors import Place, RecipeError
 
 __all__ = [
     "OptionInfo",
+    "Tensors",
     "check_options",
     "list_option",
     "method_option",
@@ -19,6 +22,7 @@ __all__ = [
     "option_info",
     "option_name",
     "per_model",
+    "tensors_option",
 ]
 
 
@@ -38,6 +42,7 @@ class OptionInfo:
         method: whether the value is a merge method, beside the allowed words.
         many: whether the value is a list of any length.
         whole: whether the items of such a list are whole numbers.
+        tensors: whether the value is a set of tensors by name.
     """
 
     help: str
@@ -50,10 +55,13 @@ class OptionInfo:
     method: bool = False
     many: bool = False
     whole: bool = False
+    tensors: bool = False
 
     @property
     def bounds(self) -> str:
         """The allowed values as text."""
+        if self.tensors:
+            return "a safetensors file or folder, or tensors by name"
         if self.method:
             return ", ".join((*self.choices, "a method, `{method: NAME, ...options}`"))
         if self.choices:
@@ -90,6 +98,30 @@ def list_option(
     """A dataclass field whose value is a list of numbers of any length; whole ones by default."""
     info = OptionInfo(help, gt, ge, many=True, whole=whole)
     return dataclasses.field(default=default, metadata={"option": info})
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """Tensors by name that are the value of an option: a path, a state dict, or a checkpoint.
+
+    Two are equal if they are the same path, or the same object. Methods read them through `Block.tensor`.
+    """
+
+    reference: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tensors) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> object:
+        return Path(self.reference) if isinstance(self.reference, str | os.PathLike) else id(self.reference)
+
+
+def tensors_option(help: str) -> Any:  # noqa: A002
+    """A dataclass field whose value is None or `Tensors`, or a tuple with one for each model."""
+    return dataclasses.field(default=None, metadata={"option": OptionInfo(help, per_model=True, tensors=True)})
 
 
 def method_option(default: str, help: str, *, choices: Sequence[str] = ()) -> Any:  # noqa: A002
@@ -151,6 +183,11 @@ def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: 
         return None
     if info.method:
         return _method(method, field, info, value)
+    if info.tensors:
+        known = isinstance(value, Tensors | str | os.PathLike | Mapping) or hasattr(value, "specs")
+        if not known:
+            raise wrong(info.bounds)
+        return value if isinstance(value, Tensors) else Tensors(value)
     if info.choices:
         if value not in info.choices:
             raise wrong(f"one of {', '.join(info.choices)}")

@@ -119,7 +119,7 @@ def magnitude_thresholds(context: Context, ranks: Sequence[int]) -> list[float]:
 
 
 def select(
-    context: Context, ranks: Sequence[Sequence[int]], values: Values, *, signed: bool = False
+    context: Context, ranks: Sequence[Sequence[int]], values: Values, *, signed: bool = False, numel: int | None = None
 ) -> list[list[float]]:
     """For every model the values of given ranks among some numbers that belong to it, over all tensors of `context`.
 
@@ -128,6 +128,7 @@ def select(
         ranks: for each model 0-based ranks in ascending order.
         values: gives the numbers, of the compute type; the same bits in every pass, whatever the blocks.
         signed: order by the numbers themselves, not by their magnitudes.
+        numel: how many numbers each model has; as many as elements if None.
 
     Returns:
         For each model its values (or magnitudes), exact: the same as sorting would give.
@@ -144,7 +145,8 @@ def select(
     keys = kernels.signed_keys if signed else kernels.magnitude_keys
     if context.numel >= _SAMPLED_FROM:
         counters = _count(context, brackets, values, keys, share=_SHARE)
-        brackets = _each(lambda b, c: _guess(b, c, context.numel, bits), brackets, counters)
+        total = context.numel if numel is None else numel
+        brackets = _each(lambda b, c: _guess(b, c, total, bits), brackets, counters)
     while not all(bracket.found for own in brackets for bracket in own):
         counters = _count(context, brackets, values, keys)
         brackets = _each(lambda b, c: b if b.found else b.narrow(c), brackets, counters)
