@@ -66,6 +66,8 @@ CATALOGUE: dict[str, str] = {
     "E0418": "A statistics file is damaged, of another format version, or does not fit the model or the other files.",
     "E0419": "Statistics of this kind cannot be collected from this model.",
     "E0420": "The optimizer state does not fit the model, or holds no second moment of Adam.",
+    "E0421": "The earlier merge cannot be continued: its lock file does not say how, the base is another one, or its "
+    "weights were changed.",
     "E0501": "A path inside a checkpoint points outside its folder.",
     "E0502": "The weights are stored as a pickle, which can run code when it is read.",
     "E0503": "The model needs code from its folder, which is never run.",

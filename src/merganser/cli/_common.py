@@ -26,6 +26,10 @@ Evidence = Annotated[
 Init = Annotated[
     str | None, typer.Option("--init", help="Where iterative methods start: a method or a model. [default: its own]")
 ]
+Onto = Annotated[
+    str | None,
+    typer.Option("--onto", metavar="FOLDER", help="An earlier merge by opcm, to which the models are added."),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Type of the result: bf16, f16, f32 or f64.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of random masks. [default: 0]")]
 Exclude = Annotated[
@@ -90,6 +94,8 @@ def build_recipe(
     weights: str | None,
     settings: Sequence[str] | None,
     statistics: Sequence[str] | None,
+    *,
+    onto: str | None = None,
     **keys: Any,
 ) -> Any:
     """The recipe of a command line: a file, or models and a method. Options given beside a file override its keys.
@@ -101,6 +107,7 @@ def build_recipe(
         weights: numbers with commas.
         settings: ``OPTION=VALUE``.
         statistics: a file per model.
+        onto: the folder of an earlier merge; the method and the base are then those of that merge if not given.
         **keys: further keys of the recipe; those that are None or empty were not given.
 
     Raises:
@@ -113,6 +120,14 @@ def build_recipe(
 
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
     extra: dict[str, Any] = {key: value for key, value in given.items() if value is not None and value != ()}
+    numbers = None if weights is None else _numbers(weights)
+    if onto is not None:
+        from merganser.engine import onto_recipe
+
+        if statistics:
+            raise UsageError("E0201", "--statistics are of no use with --onto")
+        options = _options(settings or ())
+        return onto_recipe(list(inputs), onto, base=base, method=method, weights=numbers, options=options, **extra)
     if method is None:
         if len(inputs) != 1:
             raise UsageError("E0201", "give one recipe file, or --method and the models")
@@ -127,7 +142,7 @@ def build_recipe(
         list(inputs),
         base=base,
         method=method,
-        weights=None if weights is None else _numbers(weights),
+        weights=numbers,
         statistics=statistics or None,
         options=_options(settings or ()),
         **extra,

@@ -21,6 +21,7 @@ from merganser.cli._common import (
     Memory,
     MethodName,
     Only,
+    Onto,
     Seed,
     Set,
     Threads,
@@ -53,6 +54,7 @@ def merge(
     files_from: FilesFrom = None,
     statistics: Evidence = None,
     init: Init = None,
+    onto: Onto = None,
     max_memory: Memory = "1GB",
     threads: Threads = None,
     eval_cmd: Annotated[
@@ -78,7 +80,7 @@ def merge(
 ) -> None:
     """Merge models into a folder that loads."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
+    recipe = build_recipe(inputs, method, base, weights, settings, statistics, onto=onto, init=init, **keys)
     budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     from merganser.cli._evaluator import command_evaluator
     from merganser.cli._progress import Progress
@@ -135,6 +137,7 @@ def plan(
     files_from: FilesFrom = None,
     statistics: Evidence = None,
     init: Init = None,
+    onto: Onto = None,
     max_memory: Memory = "1GB",
     threads: Threads = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also check that this output can be written.")] = None,
@@ -144,7 +147,7 @@ def plan(
 ) -> None:
     """Show what a merge would do: rules, bytes, memory, time, warnings. No weight is read, nothing is written."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
+    recipe = build_recipe(inputs, method, base, weights, settings, statistics, onto=onto, init=init, **keys)
     budget = parse_size(max_memory)
     from merganser.engine import check_output, make_plan
 

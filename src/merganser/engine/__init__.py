@@ -6,6 +6,7 @@ from merganser.engine._commit import check_output
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
+from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._search import Evaluator, FolderEvaluator, resolve
 from merganser.engine._stream import Stream
@@ -33,6 +34,7 @@ __all__ = [
     "group_of",
     "make_plan",
     "merge",
+    "onto_recipe",
     "resolve",
     "save",
     "statistics",

@@ -10,8 +10,10 @@ from typing import Any, overload
 
 from merganser._torch import torch
 from merganser.engine._merge import in_memory, save
+from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, make_plan
 from merganser.engine._search import Evaluator, resolve
+from merganser.errors import Place, RecipeError
 from merganser.methods import Method
 from merganser.recipe import simple_recipe
 
@@ -35,6 +37,7 @@ def merge(
     out: None = ...,
     require_convergence: bool = ...,
     evaluator: Evaluator | None = ...,
+    onto: str | os.PathLike[str] | None = ...,
     **options: Any,
 ) -> dict[str, torch.Tensor]: ...
 
@@ -54,6 +57,7 @@ def merge(
     out: str | os.PathLike[str],
     require_convergence: bool = ...,
     evaluator: Evaluator | None = ...,
+    onto: str | os.PathLike[str] | None = ...,
     **options: Any,
 ) -> Path: ...
 
@@ -72,6 +76,7 @@ def merge(
     out: str | os.PathLike[str] | None = None,
     require_convergence: bool = False,
     evaluator: Evaluator | None = None,
+    onto: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Any:
     """Merge models.
@@ -91,6 +96,8 @@ def merge(
         require_convergence: whether a system that was not solved to its tolerance is an error, not a warning.
         evaluator: for methods that choose by trying: a function of a merged state dict that returns a number, or one
             per task; more is better.
+        onto: the folder of an earlier merge by the same method (`opcm`), to which the models are added; `weights` are
+            those of the new models, and the options are the earlier ones if not given.
         **options: options of the method, checked at once.
 
     Returns:
@@ -102,17 +109,23 @@ def merge(
 
     Complexity: O(models x elements) per pass; arithmetic in float32 (float64 for float64 inputs), rounded once.
     """
-    recipe = simple_recipe(
-        models,
-        base=base,
-        method=method,
-        weights=weights,
-        statistics=statistics,
-        init=init,
-        options=options,
-        dtype=None if dtype is None else str(dtype),
-        seed=seed,
-    )
+    keys: dict[str, Any] = {
+        "base": base,
+        "method": method,
+        "weights": weights,
+        "init": init,
+        "options": options,
+        "dtype": None if dtype is None else str(dtype),
+        "seed": seed,
+    }
+    if onto is not None:
+        if statistics is not None:
+            raise RecipeError(
+                "E0305", "statistics are of no use in a merge onto another", places=Place(key="statistics")
+            )
+        recipe = onto_recipe(models, onto, **keys)
+    else:
+        recipe = simple_recipe(models, statistics=statistics, **keys)
     recipe, record = resolve(recipe, evaluator, device=device)
     plan = make_plan(recipe, max_memory=DEFAULT_MEMORY)
     if out is not None:

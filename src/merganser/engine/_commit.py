@@ -226,7 +226,7 @@ class FolderOutput:
         Args:
             warnings: for the lock file.
             seconds: for the lock file.
-            record: what a search tried, for the lock file.
+            record: further keys of the lock file.
 
         Returns:
             Warnings about what was changed on the way, such as removed configuration keys.
@@ -256,7 +256,7 @@ class FolderOutput:
         configs = [] if config is None else [f"{part}config.json" for part in self._parts]
         last = [LOCK_FILE, *configs]
         files = sorted(str(p.relative_to(self._partial)) for p in self._partial.rglob("*") if p.is_file())
-        lock = lock_data(plan, [*warnings, *notes], seconds) | ({"search": dict(record)} if record else {})
+        lock = lock_data(plan, [*warnings, *notes], seconds) | dict(record)
         self._json(LOCK_FILE, lock | {"files": sorted({*files, *last})})
         for name in configs:
             self._json(name, config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
+from merganser.engine._card import describe_method
 from merganser.engine._commit import FolderOutput, check_output
 from merganser.engine._executor import Executor, LocalThreads
 from merganser.engine._plan import Plan
@@ -46,10 +47,12 @@ class Findings:
     Attributes:
         warnings: about the inputs.
         report: the figures that the method reported, by tensor.
+        memory: what a later merge needs to add models to this one.
     """
 
     warnings: list[str]
     report: dict[str, dict[str, Any]]
+    memory: dict[str, Any]
 
 
 class _MemorySink:
@@ -140,12 +143,15 @@ def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
             f"{first.checkpoint.label}, which is used"
         )
     stream.copy(copies, sink)
+    memories: list[dict[str, Any]] = []
     for method, tensors in plan.groups():
         start = plan.start if method.initial() is not None else None
-        reports.update(stream.merge(method, tensors, plan.recipe.seed, sink, init=start))
+        figures, memory = stream.merge(method, tensors, plan.recipe.seed, sink, init=start)
+        reports.update(figures)
+        memories.append({} if memory is None else {"method": describe_method(method), **memory})
     for checkpoint in plan.checkpoints:
         checkpoint.check_unchanged()
-    return Findings(warnings, reports)
+    return Findings(warnings, reports, memories[0] if len(memories) == 1 else {})
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -194,7 +200,8 @@ def save(
         found = execute(plan, output, **run)
         seconds = time.monotonic() - started
         warnings = [*plan.warnings, *found.warnings]
-        warnings += output.commit(warnings, seconds, record or {})
+        extra = {"search": dict(record or {}), "memory": found.memory}
+        warnings += output.commit(warnings, seconds, {key: value for key, value in extra.items() if value})
     return Outcome(target, time.monotonic() - started, tuple(warnings), found.report)
 
 

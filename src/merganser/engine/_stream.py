@@ -135,7 +135,7 @@ class Stream:
 
     def merge(
         self, method: Method, tensors: Mapping[str, TensorPlan], seed: int, sink: Sink, init: Method | None = None
-    ) -> dict[str, dict[str, Any]]:
+    ) -> tuple[dict[str, dict[str, Any]], Mapping[str, Any] | None]:
         """Prepare the method, merge every block into `sink`, and repeat the blocks that its review asks for.
 
         Args:
@@ -146,7 +146,7 @@ class Stream:
             init: the method whose merge is the initialisation.
 
         Returns:
-            The figures that the method reported, by tensor.
+            The figures that the method reported, by tensor, and its memory for a later merge.
         """
         context = self.context(tensors, seed)
         state = method.prepare(context)
@@ -178,7 +178,7 @@ class Stream:
         if revised is not None and doubtful:
             for _ in self.executor.map(lambda t: run(t, revised), ([key] for key in doubtful)):
                 pass
-        return {name: reports[name] for name in tensors if name in reports}
+        return {name: reports[name] for name in tensors if name in reports}, method.memory(state)
 
     def executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
         """Fewer threads, where several whole tensors at once would exceed the memory budget."""

@@ -386,6 +386,18 @@ class Method(ABC):
         """Earlier passes over the models, for whatever statistic `merge` needs."""
         return None
 
+    def memory(self, state: State) -> Mapping[str, Any] | None:
+        """What a later merge needs to know of this one to add models to it, as JSON; None if that cannot be done."""
+        return None
+
+    def resumed(self, memory: Mapping[str, Any]) -> Method:
+        """This method for models of which the first is the result of an earlier merge that left this memory.
+
+        Raises:
+            RecipeError: E0305, the method cannot add models to an earlier merge.
+        """
+        raise RecipeError("E0305", f"`{self.name}` cannot add models to an earlier merge", places=Place(key="onto"))
+
     @abstractmethod
     def merge(self, block: Block, state: State) -> torch.Tensor:
         """The merged elements of one block, in the compute type."""

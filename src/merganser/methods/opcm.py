@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
+from merganser.errors import InputError, Place, RecipeError
 from merganser.methods._base import About, Block, Context, Method
-from merganser.methods._options import option
+from merganser.methods._options import list_option, option
 
 __all__ = ["Opcm"]
 
@@ -48,12 +51,17 @@ class Opcm(Method, name="opcm"):
 
     ``keep_diagonal=True`` leaves the diagonal alone, as the first released code did by mistake.
 
+    A model is added to an earlier merge without the others by ``onto=`` (``--onto``): S is the earlier result's task
+    vector times what its lock file says. That is the merge of all in that order, up to the rounding of the earlier
+    result to its type; `earlier` then holds that merge's ||S||, scale, precision and ||t_1||, ||t_2||, ...
+
     Two passes with one SVD per matrix and arriving model in each: O(models out in min(out, in)). Memory of one matrix
     and its factors.
     """
 
     alpha: float = option(0.5, "share of the singular values whose directions are taken", ge=0.0, le=1.0)
     keep_diagonal: bool = option(False, "keep the diagonal outside of the leading block, as the first code did")
+    earlier: tuple[float, ...] = list_option((), "what an earlier merge remembers; set by `onto`", whole=False)
 
     about = About(
         title="Models one after the other, each without its part in the directions that are taken already",
@@ -70,6 +78,11 @@ class Opcm(Method, name="opcm"):
     needs = frozenset({"base"})
     symmetric = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < len(self.earlier) < 4:
+            raise RecipeError("E0306", "`earlier` has too few numbers", places=Place(key="earlier"))
+
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
         """Matrices that are not embeddings."""
         return len(spec.shape) == 2 and spec.role in (Role.LINEAR, Role.HEAD) and spec.numel > 0
@@ -82,29 +95,74 @@ class Opcm(Method, name="opcm"):
         """The sum, the arriving task vector, and two for the float64 pieces of norms."""
         return 4
 
+    def memory(self, state: OpcmState) -> Mapping[str, Any]:
+        """The norms of all task vectors and of their sum."""
+        return {"norms": list(state.norms), "sum": state.total, "scale": self.scale}
+
+    def resumed(self, memory: Mapping[str, Any]) -> Opcm:
+        """This method, going on from an earlier sum.
+
+        Raises:
+            InputError: E0421, the scale was 0, so that nothing of the earlier models is left.
+        """
+        if memory["scale"] == 0:
+            raise InputError("E0421", "the earlier merge had the scale 0: nothing of its models is left in it")
+        return replace(self, earlier=(memory["sum"], memory["scale"], memory["precision"], *memory["norms"]))
+
+    def _check_earlier(self, norm: float, base: float) -> None:
+        """Check that the first model is what the earlier merge made from this base.
+
+        Raises:
+            InputError: E0421, its distance from the base is not that of the earlier result.
+        """
+        _, scale, precision, *norms = self.earlier
+        expected = abs(scale) * math.fsum(norms) / len(norms)
+        if abs(norm**2 - expected**2) > 0.02 * expected**2 + (precision * base) ** 2:
+            raise InputError(
+                "E0421",
+                f"the earlier merge lies {norm:g} from this base; its lock file says {expected:g}",
+                why="the base is another one, or the weights or the selection of tensors were changed",
+                fix="give the base that the earlier merge was made with",
+            )
+
     def prepare(self, context: Context) -> OpcmState:
         """The norms of the task vectors and of the sum."""
         parts = [values for _, values in context.each(self._squares, as_merged=True)]
         if not parts:
             return OpcmState((0.0,) * context.models, 0.0)
-        *norms, total = (math.sqrt(kernels.exact_sum(column)) for column in zip(*parts, strict=True))
+        *norms, total, base = (math.sqrt(kernels.exact_sum(column)) for column in zip(*parts, strict=True))
+        if self.earlier:
+            self._check_earlier(norms[0], base)
+            norms[:1] = self.earlier[3:]
         return OpcmState(tuple(norms), total)
 
     def _squares(self, block: Block) -> list[kernels.Partials]:
-        """Sums of squares of the task vectors and, last, of the sum of the cleaned ones."""
+        """Sums of squares of the task vectors and, last, of the sum of the cleaned ones and of the base."""
         found: list[kernels.Partials] = []
         total = self._sum(block, found)
-        return [*found, kernels.chunk_dots(total, total)]
+        return [*found, kernels.chunk_dots(total, total), kernels.chunk_dots(block.base, block.base)]
+
+    def _weight(self, block: Block, index: int) -> float:
+        """What a task vector is multiplied by: its weight, or what makes the earlier sum of the earlier result."""
+        if index or not self.earlier:
+            return block.weights[index]
+        total, scale, _, *norms = self.earlier
+        size = scale * math.fsum(norms) / len(norms)
+        return total / size if size else 0.0
 
     def _sum(self, block: Block, squares: list[kernels.Partials] | None = None) -> torch.Tensor:
         """The sum of the cleaned task vectors; the squares of the task vectors are added to `squares`."""
         total = block.buffer("sum").zero_()
         matrix = self.whole(block.spec, frozenset())
-        for index, weight in enumerate(block.weights):
+        for index in range(len(block.weights)):
             delta = block.delta(index, slot=0)
+            resumed = index == 0 and bool(self.earlier)
+            if squares is not None and resumed:
+                squares.append(kernels.chunk_dots(delta, delta))
+            weight = self._weight(block, index)
             if weight != 1:
                 delta.mul_(weight)
-            if squares is not None:
+            if squares is not None and not resumed:
                 squares.append(kernels.chunk_dots(delta, delta))
             if matrix and index:
                 shape = block.spec.shape
