@@ -70,6 +70,18 @@ def test_equals_the_recursion(count: int, alpha: float, keep_diagonal: bool) -> 
         assert torch.allclose(merged[name], value, rtol=0, atol=1e-11), name
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_single_precision_is_as_exact_as_its_inputs(alpha: float) -> None:
+    """The Gram matrix that float32 is factored by must not cost precision, nor a matrix without full rank break it."""
+    base, tuned = models(3)
+    tuned[0]["down.weight"][:, 4:] = base["down.weight"][:, 4:]
+    single = [{name: value.float() for name, value in state.items()} for state in (base, *tuned)]
+    wide = [{name: value.double() for name, value in state.items()} for state in single]
+    merged = mg.merge(single[1:], base=single[0], method="opcm", alpha=alpha)
+    exact = mg.merge(wide[1:], base=wide[0], method="opcm", alpha=alpha)
+    assert all(torch.allclose(merged[name].double(), exact[name], rtol=0, atol=1e-5) for name in base)
+
+
 def test_the_order_matters() -> None:
     base, tuned = models(3)
     forth = mg.merge(tuned, base=base, method="opcm")
