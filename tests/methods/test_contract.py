@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import merganser as mg
 from merganser.engine import LocalThreads, execute, make_plan, resolve
 from merganser.engine._merge import _MemorySink
 from merganser.errors import MerganserError
-from merganser.methods import all_methods
+from merganser.methods import all_methods, create_method
 from merganser.recipe import simple_recipe
 from merganser.statistics import TABLES, Statistics
 
@@ -63,6 +64,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "emr": [{"rescaler": "means", "weights": [0.5, 1.5]}],
     "widen": [{"threshold": 1.5, "score": 0.7, "direction": "cosine", "weights": [0.5, 2.0]}],
     "pcb": [{"variant": "vision", "scale": 1.2}, {"variant": "es", "density": 0.7}],
+    "darex": [
+        {"q": [0.2, 0.4], "then": "ties", "scale": 0.7},
+        {"drop_rate": 0.95, "eta": 3.0, "weights": [1.0, 0.5]},
+        {"drop_rate": [0.5, 1.0], "eta": 0.5, "prune": "blocks", "then": {"method": "average"}},
+        {"tune": "eta", "drop_rate": 0.99, "high": 0.3, "step": 0.1},
+    ],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }
 """Options beside the defaults. Every registered method is tested with its defaults by being there."""
@@ -101,17 +108,24 @@ def evidence(state: State, seed: int) -> Statistics:
     g = torch.Generator().manual_seed(seed)
     fisher = {k: torch.randn(v.shape, generator=g).square() for k, v in state.items()}
     matrices = {k: v for k, v in state.items() if v.dim() == 2 and v.numel()}
-    grams, outputs = {}, {}
+    grams, outputs, means = {}, {}, {}
     for name, value in matrices.items():
         rows = torch.randn(400, value.shape[1], generator=g)
         columns = torch.randn(400, value.shape[0], generator=g)
         grams[name], outputs[name] = rows.T @ rows / 400, columns.T @ columns / 400
-    return Statistics(gram=grams, output_gram=outputs, fisher=fisher)
+        means[name] = rows.mean(0)
+    return Statistics(gram=grams, output_gram=outputs, mean=means, fisher=fisher)
 
 
-def statistics_for(method: str, models: int) -> list[Statistics] | None:
+def requirements(method: str, options: Mapping[str, Any], models: int) -> frozenset[str]:
+    """What a method needs with these options: the base, statistics, an evaluator."""
+    own = {key: value for key, value in options.items() if key in all_methods()[method].options()}
+    return create_method(method, own).requires(models)
+
+
+def statistics_for(method: str, options: Mapping[str, Any], models: int) -> list[Statistics] | None:
     """What a method needs, if it needs statistics."""
-    needed = all_methods()[method].needs & set(TABLES)
+    needed = requirements(method, options, models) & set(TABLES)
     return [evidence(BASE, seed) for seed in range(models)] if needed else None
 
 
@@ -119,6 +133,9 @@ def run(models: list[State], method: str, base: State = BASE, **options: Any) ->
     """The merge, with the statistics that the method needs; the first model of several."""
     known = statistics_for(method, len(models))
     if "evaluator" in all_methods()[method].needs:
+    """The merge, with the statistics that the method needs."""
+    known = statistics_for(method, options, len(models))
+    if "evaluator" in requirements(method, options, len(models)):
         options = {"evaluator": size, **options}
     merged: Any = mg.merge(models, base=base, method=method, statistics=known, **options)
     first: State = merged[0] if isinstance(merged, list) else merged
@@ -187,7 +204,7 @@ def test_frozen_tensors_stay(method: str, options: dict[str, Any]) -> None:
 
 
 def known_by_position(method: str, options: dict[str, Any]) -> bool:
-    return any(isinstance(v, list) for v in options.values()) or statistics_for(method, 1) is not None
+    return any(isinstance(v, list) for v in options.values()) or statistics_for(method, options, 1) is not None
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
@@ -208,9 +225,9 @@ def test_same_bits_for_any_blocks_threads_and_source(
     states = [{k: v.to(dtype) for k, v in state.items()} for state in (BASE, A, B)]
     weights = options.get("weights")
     rest = {k: v for k, v in options.items() if k != "weights"}
-    known = statistics_for(method, 2)
+    known = statistics_for(method, options, 2)
     recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, statistics=known, options=rest)
-    evaluator = size if "evaluator" in all_methods()[method].needs else None
+    evaluator = size if "evaluator" in requirements(method, options, 2) else None
     recipe, _ = resolve(recipe, evaluator)
     results = []
     for elements, threads in ((1 << 14, 1), (1 << 14, 3), (1 << 20, 2)):
@@ -268,6 +285,6 @@ def test_a_method_inside_another_brings_its_needs() -> None:
     plain = mg.merge([A, B], base=BASE, method="mats", iterations=3, statistics=statistics)
     assert all(torch.allclose(merged[k], v, rtol=1e-5, atol=1e-6) for k, v in plain.items())
     with pytest.raises(MerganserError, match="E0308"):
-        run([A, B], "dare", then=inside)
+        mg.merge([A, B], base=BASE, method="dare", then=inside)
     with pytest.raises(MerganserError, match=r"in `then`.*no option `iteration`"):
         run([A, B], "dare", then={"method": "mats", "iteration": 3})

@@ -45,7 +45,7 @@ def resolve(
         UsageError: E0201, the evaluator returns something else than numbers.
     """
     probe = recipe.method if isinstance(recipe.method, Method) else recipe.constant_method()
-    if not isinstance(probe, Search):
+    if not isinstance(probe, Search) or not probe.searching:
         if evaluator is not None:
             raise RecipeError("E0305", f"`{probe.name}` does not use an evaluator", places=Place(key="evaluator"))
         return recipe, {}

@@ -235,7 +235,7 @@ def _method(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value:
         )
     try:
         found = create_method(value, options)
-        if "evaluator" in found.needs:
+        if "evaluator" in found.requires(1):
             raise RecipeError("E0306", f"`{value}` chooses merges, and cannot be part of one")
         return found
     except RecipeError as error:

@@ -77,6 +77,11 @@ class Search(Method):
 
     needs = frozenset({"evaluator"})
 
+    @property
+    def searching(self) -> bool:
+        """Whether it has to search with these options; if not, it is a merge itself."""
+        return True
+
     @abstractmethod
     def search(self, trials: Trials) -> Choice:
         """Try merges, and say which one to make."""

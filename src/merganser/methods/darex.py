@@ -24,12 +24,14 @@ from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
 from merganser.methods._schedule import CoarseToFine, coarse_to_fine, mean_without_outlier, output_change
+from merganser.methods._search import Choice, Search, Trials
 from merganser.methods.task_arithmetic import TaskArithmetic
 
 __all__ = ["CoarseToFine", "Darex", "analytic_q", "coarse_to_fine", "mean_without_outlier", "output_change"]
 
 _CONFIDENCE = 0.95
 _STOPPED = 0.8
+_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ class _DarexState:
 
 
 @dataclass(frozen=True)
-class Darex(Composed, name="darex"):
+class Darex(Composed, Search, name="darex"):
     """``t_i' = m_i t_i / q`` with a random mask that drops each entry with probability p, then a merge.
 
     DARE divides by ``1 - p``; where nearly everything is dropped, a larger q is better (``1 - p <= q <= 1``).
 
-    - With `q`: one factor for all layers. Find it with `coarse_to_fine`, the authors' schedule, which maximises a
-      function of yours over q: the quality of the merged model, or minus the `output_change` that pruning causes.
+    - With `q`: one factor for all layers.
     - With `eta`: one factor per layer from an analytic bound (`analytic_q`). It needs the mean input of every linear
       layer, from statistics of the kind ``mean`` (``merganser.collect(model, data, ["mean"])``; no labels). Biases
-      take the q of their weight, and all other tensors the mean over the layers. `eta` is tuned like `q`.
+      take the q of their weight, and all other tensors the mean over the layers.
+    - With neither, `tune` says which of them is searched with the evaluator, by the authors' schedule
+      (`coarse_to_fine`): the quality of the merged model, or without labels minus the `output_change` by pruning.
 
     Heads keep their whole task vectors; with ``prune="blocks"``, for decoders, everything does whose name has neither
     ``mlp`` nor ``self_attn``. Masks are those of `dare`, given by (seed, model, tensor name, position).
@@ -57,8 +60,12 @@ class Darex(Composed, name="darex"):
     """
 
     drop_rate: float = option(0.9, "probability p that an entry is dropped", ge=0.0, le=1.0, per_model=True)
-    q: float | None = option(None, "what the rest is divided by, in all layers", gt=0.0, le=1.0, per_model=True)
+    q: float | None = option(None, "what the rest is divided by, in all layers", gt=0.0, per_model=True)
     eta: float | None = option(None, "weight of the analytic bound that gives each layer's q", gt=0.0, per_model=True)
+    tune: str = option("q", "what an evaluator searches, where neither is given", choices=("q", "eta"))
+    low: float | None = option(None, "where the search begins; 1 - p for q, 0.1 for eta", gt=0.0)
+    high: float | None = option(None, "where it ends; 1 for q, 0.7 for eta", gt=0.0)
+    step: float = option(0.05, "step of the coarse grid", gt=0.0)
     prune: str = option(
         "body", "which tensors: all but heads, attention and MLP only, or all", choices=("body", "blocks", "all")
     )
@@ -69,7 +76,7 @@ class Darex(Composed, name="darex"):
         equation="t_i' = m_i t_i / q,  m_i ~ Bernoulli(1 - p),  1 - p <= q <= 1;  then task arithmetic or any merge",
         source="Deng et al., DARE the extreme (DAREx), 2024, arXiv:2410.09344",
         helps="Dropping 99% and more of the changes, where DARE's factor 1/(1-p) breaks the model.",
-        hurts="Moderate drop rates, for which DARE is as good; without data, q must be guessed.",
+        hurts="Moderate drop rates, for which DARE is as good; without an evaluator or data, q must be guessed.",
         work=12,
         deviations="The name DAREx-q is used elsewhere for fixed factors; here they are searched or analytic.",
     )
@@ -78,19 +85,42 @@ class Darex(Composed, name="darex"):
     needs = frozenset({"base"})
 
     def requires(self, models: int) -> frozenset[str]:
-        """With `eta` also the mean inputs."""
-        return super().requires(models) | (frozenset() if self.eta is None else {"mean"})
+        """With `eta` also the mean inputs; with neither q nor eta an evaluator."""
+        analytic = self.eta is not None or (self.searching and self.tune == "eta")
+        return (
+            super().requires(models)
+            | ({"mean"} if analytic else frozenset())
+            | ({"evaluator"} if self.searching else frozenset())
+        )
+
+    @property
+    def searching(self) -> bool:
+        """Whether neither q nor eta is given."""
+        return self.q is None and self.eta is None
 
     def check(self, models: int, weights: Sequence[float]) -> None:
-        """Exactly one of q and eta."""
+        """At most one of q and eta."""
         super().check(models, weights)
-        if (self.q is None) == (self.eta is None):
-            raise RecipeError(
-                "E0308" if self.q is None else "E0306",
-                "`darex` needs q or eta" if self.q is None else "`darex` takes q or eta, not both",
-                places=Place(key="q"),
-                fix="set q, e.g. the best of merganser.methods.darex.coarse_to_fine, or eta with statistics (mean)",
-            )
+        if self.q is not None and self.eta is not None:
+            raise RecipeError("E0306", "`darex` takes q or eta, not both", places=Place(key="q"))
+
+    def search(self, trials: Trials) -> Choice:
+        """Try values of q or eta by the schedule."""
+        keep = 1 - min(per_model(self.drop_rate, index) for index in range(trials.models))
+        low, high = (max(keep, 0.001), 1.0) if self.tune == "q" else (0.1, 0.7)
+        low = low if self.low is None else self.low
+        high = max(low, high) if self.high is None else self.high
+
+        def score(value: float) -> float:
+            return trials.score(self._with(value), trials.weights) if value > 0 else -math.inf
+
+        found = coarse_to_fine(score, low, high, self.step, backward=self.prune == "blocks")
+        tried = [{self.tune: value, "score": number} for value, number in found.visited if value > 0]
+        record = {"tried": tried, self.tune: found.best, "score": found.score}
+        return Choice(self._with(found.best), trials.weights, None, record)
+
+    def _with(self, value: float) -> Darex:
+        return replace(self, q=value) if self.tune == "q" else replace(self, eta=value)
 
     def passes(self) -> int:
         """Those of the merge, and one for the influences."""
@@ -236,25 +266,34 @@ def analytic_q(first: torch.Tensor, second: torch.Tensor, drop_rate: float, eta:
 
     Source: Deng et al., DAREx, 2024, arXiv:2410.09344.
 
-    Complexity: O(999 p x outputs).
+    Complexity: O(999 p x outputs); memory for 64 steps at a time.
     """
     keep = 1 - drop_rate
     if drop_rate in (0.0, 1.0):
         phi = 0.0
     else:
         phi = 0.5 if drop_rate == 0.5 else (1 - 2 * drop_rate) / math.log(keep / drop_rate)
-    constant = math.log(2 / (1 - _CONFIDENCE))
+    constant = _half(torch.tensor(math.log(2 / (1 - _CONFIDENCE))))
     chosen = torch.full(first.shape, max(keep, 0.001), dtype=torch.float64)
-    lowest = torch.full_like(first, 10_000)
+    lowest = torch.full(first.shape, 10_000.0)
     stopped = torch.zeros(first.shape, dtype=torch.bool)
-    for step in range(max(1, int(keep * 1000)), 999):
-        q = step * 0.001
-        linear = (1 - keep / q) * first
-        value = (eta * linear + (eta**2 * phi * second / (4 * q**2) + constant)).abs()
-        better = value <= lowest
-        stopped |= value >= lowest
-        lowest = torch.where(better, value, lowest)
-        chosen[better] = q
-        if float(stopped.double().mean()) >= _STOPPED:
+    for start in range(max(1, int(keep * 1000)), 999, _STEPS):
+        grid = torch.arange(start, min(start + _STEPS, 999), dtype=torch.float64).mul_(0.001).unsqueeze(1)
+        linear = _half(eta * _half((1 - keep / grid).float() * first.float()))
+        spread = _half(_half(eta**2 * phi * second.float()) / (4 * grid.square()).float())
+        value = _half(linear + _half(spread + constant)).abs_().nan_to_num_(math.inf, math.inf)
+        before = torch.cat([lowest.unsqueeze(0), value]).cummin(0).values
+        ended = (value >= before[:-1]).cumsum(0).bool() | stopped
+        enough = torch.nonzero(ended.double().mean(1) >= _STOPPED)
+        last = int(enough[0]) if len(enough) else len(grid) - 1
+        better = torch.where(value <= before[:-1], grid, 0.0)[: last + 1].amax(0)
+        chosen = torch.where(better > 0, better, chosen)
+        if len(enough):
             break
+        lowest, stopped = before[-1], ended[-1]
     return float(chosen.mean())
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """Float32 numbers, rounded to float16."""
+    return x.to(torch.float16).float()
