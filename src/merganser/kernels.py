@@ -39,6 +39,7 @@ __all__ = [
     "nonzero",
     "row_dots",
     "row_l1",
+    "row_order",
     "signed_keys",
     "top_key",
     "trim_below_",
@@ -206,6 +207,19 @@ def key_value(key: int, dtype: torch.dtype) -> float:
     """The number of type `dtype` whose key this is; the inverse of `magnitude_keys` and of `signed_keys`."""
     magnitude = float(torch.tensor([abs(key)], dtype=key_dtype(dtype)).view(dtype))
     return -magnitude if key < 0 else magnitude
+
+
+def row_order(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The indices that sort each row of a matrix of magnitudes, ascending; of equal ones the first comes first."""
+    # numpy sorts magnitudes and positions packed into integers three times faster than torch sorts stably
+    if magnitudes.dtype != torch.float32 or magnitudes.device.type != "cpu":
+        return magnitudes.argsort(dim=1, stable=True)
+    keys = magnitudes.contiguous().view(torch.int32).numpy().astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(keys.shape[1])
+    keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys)
 
 
 @dataclass(frozen=True, slots=True)

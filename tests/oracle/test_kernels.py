@@ -142,6 +142,15 @@ def test_chunked_products_do_not_depend_on_the_blocks(numel: int, chunks: int) -
     assert kernels.exact_sum([kernels.chunk_l1(a)]) == pytest.approx(float(a.double().abs().sum()), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_order_of_rows_is_stable(dtype: torch.dtype) -> None:
+    x = torch.randn(30, 500, generator=torch.Generator().manual_seed(0), dtype=dtype).abs()
+    x[::2] = x[::2].bfloat16().to(dtype)  # with many equal magnitudes
+    x[:, 100:200] = 0
+    assert torch.equal(kernels.row_order(x), x.argsort(dim=1, stable=True))
+    assert torch.equal(kernels.row_order(x.T), x.T.argsort(dim=1, stable=True))
+
+
 def test_nonfinite_values_are_counted_and_found() -> None:
     x = torch.ones(1000)
     assert kernels.count_nonfinite(x) == 0

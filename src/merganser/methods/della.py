@@ -98,7 +98,7 @@ class Della(Method, name="della"):
             return delta
         keep = keep_probabilities(delta, block.spec.shape, density, per_model(self.epsilon, index))
         draws = kernels.uniforms(block.seed, index, key.name, key.start, key.stop - key.start)
-        delta.mul_((draws.to(delta.device) < keep).to(delta.dtype))
+        delta.mul_(kernels.at_least(draws.to(delta.device), keep).bitwise_xor_(1))
         if self.rescale == "expectation":
             # an entry that is never kept is zero already
             delta.div_(keep.clamp_(min=torch.finfo(keep.dtype).tiny))
@@ -130,12 +130,12 @@ def keep_probabilities(delta: torch.Tensor, shape: Sequence[int], density: float
     ranked = shape[1] if len(shape) > 1 else delta.numel()
     if ranked == 1:
         return torch.full_like(delta, density)
-    magnitude = delta.abs().view(-1, ranked, max(1, math.prod(shape[2:])))
-    order = magnitude.argsort(dim=1, stable=True)
+    places = max(1, math.prod(shape[2:]))
+    magnitude = delta.abs().view(-1, ranked, places).transpose(1, 2).reshape(-1, ranked)
+    order = kernels.row_order(magnitude)
     steps = torch.linspace(density - epsilon, density + epsilon, ranked, dtype=delta.dtype, device=delta.device)
-    keep = torch.empty_like(magnitude)
-    keep.scatter_(1, order, steps.view(1, -1, 1).expand_as(order))
-    return keep.view(-1)
+    keep = magnitude.scatter_(1, order, steps.expand_as(order))
+    return keep.view(-1, places, ranked).transpose(1, 2).reshape(-1)
 
 
 def _row(spec: BlockSpec) -> int:
