@@ -1,0 +1,165 @@
+"""What the spectral methods share: thin singular value decompositions, polar factors, and the tensors they leave."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.errors import Place, RecipeError
+from merganser.methods._base import Block, Method, State
+from merganser.operators import rank_tolerance
+
+__all__ = [
+    "MatrixMethod",
+    "Triple",
+    "check_mean",
+    "is_matrix",
+    "join",
+    "matrix_delta",
+    "mean_of_rest",
+    "polar",
+    "svd_elements",
+    "thin_svd",
+]
+
+Triple = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Left singular vectors in columns, singular values, right singular vectors in rows."""
+
+
+def is_matrix(spec: BlockSpec) -> bool:
+    """Whether a tensor has a spectrum to merge: two dimensions, whatever its role, and an element."""
+    return len(spec.shape) == 2 and spec.numel > 0
+
+
+def thin_svd(matrix: torch.Tensor, dtype: torch.dtype, rank: int | None = None, *, floor: float = 0.0) -> Triple:
+    """The leading singular triples of a matrix ``[m, n]``, without those of its null space.
+
+    Vectors of a zero singular value are arbitrary, so they are left out: directions whose singular value is within
+    `rank_tolerance` of zero, relative to the largest.
+
+    Values that came from float32 are decomposed by the eigenvectors of the smaller Gram matrix in float64: the
+    squares of singular values down to the tolerance lie within float64's precision, and it costs less than half a
+    singular value decomposition. Values that came from float64 need the decomposition itself.
+
+    Args:
+        matrix: in float64.
+        dtype: the type that its values came from.
+        rank: the largest number of triples.
+        floor: a singular value up to which a direction also counts as null space, where the matrix is what is left of
+            larger ones.
+
+    Returns:
+        ``U [m, k], s [k]`` in descending order, ``V' [k, n]``, in float64. O(m n min(m, n)).
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    rows = matrix if wide else matrix.mT
+    size = len(rows)
+    limit = size if rank is None else min(rank, size)
+    if not bool(rows.any()):
+        return matrix[:, :0], matrix.new_zeros(0), matrix[:0]
+    if not bool(rows.isfinite().all()):  # where the user allows that: everything becomes NaN
+        nan = matrix.new_full((1,), math.nan)
+        return nan.expand(matrix.shape[0], 1), nan, nan.expand(1, matrix.shape[1])
+    if dtype == torch.float64:
+        right, values, left = torch.linalg.svd(rows.mT, full_matrices=False)
+        kept = int((values > max(floor, rank_tolerance(dtype, max(matrix.shape)) * float(values[0]))).sum())
+        short, values, long = left.mT[:, :kept][:, :limit], values[:kept][:limit], right.mT[:kept][:limit]
+    else:
+        squares, vectors = torch.linalg.eigh(rows @ rows.mT)
+        kept = int((squares > max(floor, rank_tolerance(dtype, 1) * math.sqrt(squares[-1])) ** 2).sum())
+        short = vectors.flip(1)[:, : min(kept, limit)]
+        long = short.mT @ rows
+        values = torch.linalg.vector_norm(long, dim=1)
+        long = long.div_(values[:, None])
+    return (short, values, long) if wide else (long.mT, values, short.mT)
+
+
+def polar(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest partial isometry ``U V'`` of ``M = U S V'`` (orthogonal Procrustes): ``M (M' M)^(-1/2)``.
+
+    Args:
+        matrix: ``[m, n]`` in float64.
+        dtype: the type that its values came from.
+
+    Returns:
+        ``[m, n]``, zero on the null space of the matrix. O(m n min(m, n)).
+    """
+    left, _, right = thin_svd(matrix, dtype)
+    return left @ right
+
+
+def join(triples: Sequence[Triple]) -> Triple:
+    """The triples of several matrices side by side: ``[U_1..U_n], (s_1..s_n), [V_1..V_n]'``."""
+    lefts, values, rights = zip(*triples, strict=True)
+    return torch.cat(lefts, dim=1), torch.cat(values), torch.cat(rights)
+
+
+def matrix_delta(block: Block, index: int) -> torch.Tensor:
+    """The weighted task vector ``w_i t_i`` of a model as a matrix in float64, a copy of its own."""
+    delta = block.delta(index, slot=0).view(block.spec.shape)
+    return delta.to(torch.float64, copy=True).mul_(block.weights[index])
+
+
+def mean_of_rest(block: Block, scale: float) -> torch.Tensor:
+    """``W_0 + scale sum_i w_i t_i / sum_i w_i``, for tensors that are no matrices."""
+    total = block.delta(0, slot=0).mul_(block.weights[0])
+    for index, weight in enumerate(block.weights[1:], 1):
+        total.add_(block.delta(index, slot=1), alpha=weight)
+    return total.mul_(scale / math.fsum(block.weights)).add_(block.base)
+
+
+def check_mean(method: Method, weights: Sequence[float]) -> None:
+    """Refuse weights that sum to zero, since biases and norms take the weighted mean.
+
+    Raises:
+        RecipeError: E0307.
+    """
+    if abs(math.fsum(weights)) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
+        raise RecipeError(
+            "E0307",
+            f"the weights {list(weights)} sum to zero, so `{method.name}` cannot average biases and norms with them",
+            places=Place(key="weight"),
+            fix="change the weights",
+        )
+
+
+def svd_elements(rows: int, columns: int) -> int:
+    """Elements of the compute type that `thin_svd` of a matrix and its copy take, their doubles counted twice."""
+    small = min(rows, columns)
+    return 2 * (2 * rows * columns + 4 * small * small)
+
+
+@dataclass(frozen=True)
+class MatrixMethod(Method):
+    """A method that merges each matrix as a whole, and takes the weighted mean of all other task vectors."""
+
+    scope = "block"
+    needs = frozenset({"base"})
+
+    def buffers(self, models: int) -> int:
+        """The task vector that is looked at, and a sum."""
+        return 2
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """The weights must have a mean."""
+        super().check(models, weights)
+        check_mean(self, weights)
+
+    def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
+        """Matrices."""
+        return is_matrix(spec)
+
+    def merge(self, block: Block, state: State) -> torch.Tensor:
+        """One matrix, or one block of the mean of the task vectors."""
+        if not is_matrix(block.spec):
+            return mean_of_rest(block, self.scale)
+        merged = self.merge_matrix(block).mul_(self.scale)
+        return merged.reshape(-1).to(block.base.dtype).add_(block.base)
+
+    @abstractmethod
+    def merge_matrix(self, block: Block) -> torch.Tensor:
+        """The merged task vector of one matrix before the scale, in float64; it may be overwritten."""
