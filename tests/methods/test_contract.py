@@ -70,6 +70,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"drop_rate": [0.5, 1.0], "eta": 0.5, "prune": "blocks", "then": {"method": "average"}},
         {"tune": "eta", "drop_rate": 0.99, "high": 0.3, "step": 0.1},
     ],
+    "tsv": [{"lossless": True}],
+    "iso_cts": [{"common": 0.5, "scale": 1.5}],
+    "dc_merge": [{"density": 0.02, "rank": 8, "smoothing": "linear"}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }
 """Options beside the defaults. Every registered method is tested with its defaults by being there."""
