@@ -243,6 +243,9 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
     per_element, buffer_bytes, counter_bytes = 1, 1, 0
     whole: list[int] = []
     for tensor in tensors:
+        if tensor.method is not None and tensor.method.scope == "model":
+            some = len(tensor.inputs) * _COUNTER_BYTES << 20
+            counter_bytes = max(counter_bytes, min(budget // 8, budget if tensor.method.caches() else some))
         if tensor.is_whole:
             whole.append(tensor.whole_bytes())
             if whole[-1] > budget:
@@ -259,8 +262,6 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
             buffers = tensor.method.buffers(len(tensor.inputs)) + (tensor.base is not None)
             width += buffers * tensor.dtype.itemsize
             buffer_bytes = max(buffer_bytes, buffers * tensor.dtype.itemsize)
-            if tensor.method.scope == "model":
-                counter_bytes = min(budget // 8, len(tensor.inputs) * _COUNTER_BYTES << 20)
         per_element = max(per_element, width)
     fixed = 32_000_000 + 2_000 * len(tensors) + counter_bytes
     wanted = min(_LARGEST_BLOCK, max(kernels.CHUNK, _power_of_two(_WORKING_SET // buffer_bytes)))

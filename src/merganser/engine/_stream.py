@@ -13,7 +13,7 @@ from merganser.engine._block import PIECE, Reader, StreamBlock
 from merganser.engine._executor import Executor, LocalThreads
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError, Place
-from merganser.methods import Block, BlockKey, Context, Method
+from merganser.methods import AsMerged, Block, BlockKey, Context, Method
 
 __all__ = ["Sink", "Stream"]
 
@@ -150,7 +150,7 @@ class Stream:
         """
         context = self.context(tensors, seed)
         state = method.prepare(context)
-        start = None if init is None else (init, init.prepare(context))
+        start = None if init is None else (init, init.prepare(AsMerged(context)))
         reports: dict[str, dict[str, Any]] = {}
 
         def run(task: list[BlockKey], state: object) -> tuple[Counter[str], list[BlockKey]]:

@@ -1,7 +1,7 @@
 """The merge methods, one file each, and the registry that knows them by name."""
 
 from merganser.methods._base import About, Block, BlockKey, Context, Method, TransformedBlock, TransformedContext
-from merganser.methods._compose import Composed
+from merganser.methods._compose import AsMerged, Composed
 from merganser.methods._options import (
     Tensors,
     list_option,
@@ -17,6 +17,7 @@ from merganser.methods._search import Choice, Search, Trials
 
 __all__ = [
     "About",
+    "AsMerged",
     "Block",
     "BlockKey",
     "Choice",

@@ -343,6 +343,10 @@ class Method(ABC):
         """The number of block-sized buffers of the compute type that it uses, beside the base's."""
         return models + 2
 
+    def caches(self) -> bool:
+        """Whether what `prepare` returns may fill the memory of all `Context.counters`, not a few of every model."""
+        return False
+
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
         """Whether `merge` needs this tensor as one block.
 

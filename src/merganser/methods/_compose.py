@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from merganser.blocks import BlockSpec
-from merganser.methods._base import Context, Method, State
+from merganser.methods._base import Block, BlockKey, Context, Method, State
 from merganser.methods._options import Tensors
 
-__all__ = ["Composed"]
+__all__ = ["AsMerged", "Composed"]
+
+T = TypeVar("T")
+
+
+class AsMerged(Context):
+    """Passes whose blocks are always those of the merge.
+
+    For a method inside another one that needs more tensors whole than it does: what it learns of a block in a pass
+    (`Threshold.before`) it must find again when it merges that block.
+    """
+
+    def __init__(self, inner: Context) -> None:
+        self.specs, self.models, self.seed, self.dtype = inner.specs, inner.models, inner.seed, inner.dtype
+        self.counters = inner.counters
+        self._inner = inner
+
+    def only(self, name: str) -> Context:
+        """The same for one tensor."""
+        return AsMerged(self._inner.only(name))
+
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = True
+    ) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every block of the merge."""
+        return self._inner.each(fn, share=share, as_merged=True)
 
 
 class Composed(Method):
@@ -48,6 +74,10 @@ class Composed(Method):
     def buffers(self, models: int) -> int:
         """Those of the inner method."""
         return self.inner.buffers(models)
+
+    def caches(self) -> bool:
+        """Whether the inner method does."""
+        return self.inner.caches()
 
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
         """What the inner method needs whole."""
