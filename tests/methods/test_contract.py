@@ -72,6 +72,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "tsv": [{"lossless": True}],
     "iso_cts": [{"common": 0.5, "scale": 1.5}],
+    "knots": [{"density": 0.5, "scale": 0.6}, {"then": {"method": "ties", "count": "exact", "merge": "sum"}}],
     "dc_merge": [{"density": 0.02, "rank": 8, "smoothing": "linear"}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }

@@ -61,7 +61,8 @@ def oracle_iso_cts(deltas: Sequence[Array], *, common: float = 0.8) -> Array:
             values.append(b[:own])
             rights.append(c[:own])
     mean = float(np.concatenate(values).sum()) / r
-    return mean * nearest(np.concatenate(lefts, axis=1)) @ nearest(np.concatenate(rights))
+    merged: Array = mean * nearest(np.concatenate(lefts, axis=1)) @ nearest(np.concatenate(rights))
+    return merged
 
 
 def oracle_dc_merge(

@@ -22,6 +22,7 @@ __all__ = [
     "matrix_delta",
     "mean_of_rest",
     "polar",
+    "range_basis",
     "svd_elements",
     "thin_svd",
 ]
@@ -69,13 +70,26 @@ def thin_svd(matrix: torch.Tensor, dtype: torch.dtype, rank: int | None = None, 
         kept = int((values > max(floor, rank_tolerance(dtype, max(matrix.shape)) * float(values[0]))).sum())
         short, values, long = left.mT[:, :kept][:, :limit], values[:kept][:limit], right.mT[:kept][:limit]
     else:
-        squares, vectors = torch.linalg.eigh(rows @ rows.mT)
-        kept = int((squares > max(floor, rank_tolerance(dtype, 1) * math.sqrt(squares[-1])) ** 2).sum())
-        short = vectors.flip(1)[:, : min(kept, limit)]
+        short = range_basis(rows @ rows.mT, dtype, floor)[:, :limit]
         long = short.mT @ rows
         values = torch.linalg.vector_norm(long, dim=1)
         long = long.div_(values[:, None])
     return (short, values, long) if wide else (long.mT, values, short.mT)
+
+
+def range_basis(gram: torch.Tensor, dtype: torch.dtype, floor: float = 0.0) -> torch.Tensor:
+    """Orthonormal eigenvectors ``[n, k]`` of the range of ``M M'``, in descending order of their eigenvalues.
+
+    Args:
+        gram: ``M M'``, in float64 and finite.
+        dtype: the type that the values of M came from.
+        floor: a singular value of M up to which a direction also counts as null space. O(n^3).
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    largest = math.sqrt(max(0.0, float(squares[-1])))
+    kept = int((squares > max(floor, rank_tolerance(dtype, 1) * largest) ** 2).sum())
+    basis: torch.Tensor = vectors.flip(1)[:, :kept]
+    return basis
 
 
 def polar(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
