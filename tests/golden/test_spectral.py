@@ -22,6 +22,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "iso_cts_0.5_1.5": ("iso_cts", {"common": 0.5, "scale": 1.5}),
     "knots_ties_k20_0.6": ("knots", {"scale": 0.6}),
     "knots_ties_k100_1.0": ("knots", {"density": 1.0}),
+    "svc_ta0.3_alpha0.1": ("svc", {"alpha": 0.1}),
+    "svc_ta0.3_alpha0.333333": ("svc", {"alpha": 0.333333, "of": {"method": "task_arithmetic", "scale": 0.3}}),
+    "svc_ta0.3_alpha1.0": ("svc", {"alpha": 1.0}),
 }
 """Cases whose output is a merged model, or its matrices."""
 

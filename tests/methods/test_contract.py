@@ -73,6 +73,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "tsv": [{"lossless": True}],
     "iso_cts": [{"common": 0.5, "scale": 1.5}],
     "knots": [{"density": 0.5, "scale": 0.6}, {"then": {"method": "ties", "count": "exact", "merge": "sum"}}],
+    "svc": [
+        {"alpha": 0.1, "of": {"method": "ties", "count": "exact"}, "scale": 1.2},
+        {"of": "tsv"},
+        {"of": {"method": "knots", "scale": 0.6}},
+    ],
     "dc_merge": [{"density": 0.02, "rank": 8, "smoothing": "linear"}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
 }
@@ -135,9 +140,6 @@ def statistics_for(method: str, options: Mapping[str, Any], models: int) -> list
 
 def run(models: list[State], method: str, base: State = BASE, **options: Any) -> State:
     """The merge, with the statistics that the method needs; the first model of several."""
-    known = statistics_for(method, len(models))
-    if "evaluator" in all_methods()[method].needs:
-    """The merge, with the statistics that the method needs."""
     known = statistics_for(method, options, len(models))
     if "evaluator" in requirements(method, options, len(models)):
         options = {"evaluator": size, **options}

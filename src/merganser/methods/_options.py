@@ -124,11 +124,11 @@ def tensors_option(help: str) -> Any:  # noqa: A002
     return dataclasses.field(default=None, metadata={"option": OptionInfo(help, per_model=True, tensors=True)})
 
 
-def method_option(default: str, help: str, *, choices: Sequence[str] = ()) -> Any:  # noqa: A002
+def method_option(default: str | None, help: str, *, choices: Sequence[str] = ()) -> Any:  # noqa: A002
     """A dataclass field whose value is a merge method: its name, ``{"method": name, **options}``, or an object.
 
     Args:
-        default: a registry name, or one of `choices`.
+        default: a registry name, one of `choices`, or None.
         help: one line.
         choices: words that the method itself gives a meaning; they stay words, everything else becomes a `Method`.
     """
