@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import merganser as mg
+from merganser.engine import execute, make_plan
+from merganser.engine._merge import _MemorySink
 from merganser.errors import MerganserError
+from merganser.recipe import simple_recipe
 
 Array = npt.NDArray[np.float64]
 Oracle = Callable[..., Array]
@@ -250,3 +253,18 @@ def test_more_models_than_directions_leave_the_base() -> None:
     assert np.abs(merge(deltas, "tsv")).max() == 0
     assert np.abs(merge(deltas, "dc_merge")).max() == 0
     assert np.abs(merge(deltas, "tsv", lossless=True)).max() > 0
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "dc_merge", "knots", "svc"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_that_are_not_finite_stay_in_their_matrix(method: str, dtype: torch.dtype) -> None:
+    """Where the user takes them as they are, no decomposition fails because of them."""
+    g = torch.Generator().manual_seed(2)
+    states = [{name: torch.randn(6, 5, generator=g).to(dtype) for name in ("a.weight", "b.weight")} for _ in range(3)]
+    states[1]["a.weight"][2, 3] = float("nan")
+    states[2]["a.weight"][0, 0] = float("inf")
+    plan = make_plan(simple_recipe(states[1:], base=states[0], method=method))
+    sink = _MemorySink(plan)
+    execute(plan, sink, allow_nonfinite=True)
+    assert sink.tensors["a.weight"].isnan().any()
+    assert sink.tensors["b.weight"].isfinite().all()

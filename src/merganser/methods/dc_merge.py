@@ -49,7 +49,7 @@ class DcMerge(MatrixMethod, name="dc_merge"):
         source="DC-Merge, CVPR 2026, arXiv:2603.06242",
         helps="Fully fine-tuned vision models; low-rank adapters with rank set to theirs and smoothing=average.",
         hurts="More models than the rank of a matrix, which is then left as it is in the base.",
-        work=2000,
+        work=9000,
         deviations="The authors complete bases by arbitrary vectors where tasks have too few directions or coincide; "
         "here there are none. Their code for adapters has rank=16 and smooths, that for full models does not.",
     )

@@ -29,7 +29,7 @@ class IsoC(MatrixMethod, name="iso_c"):
         source="Marczak et al., No task left behind: isotropic model merging, ICML 2025, arXiv:2502.04959",
         helps="Many fully fine-tuned vision models or T5; tune the scale on validation data (0.9 to 1.5).",
         hurts="Low-rank adapters and models in the wild: rounding noise is raised to the level of the signal.",
-        work=400,
+        work=1500,
         deviations="Other implementations give zero singular values arbitrary singular vectors, and raise these too.",
     )
 

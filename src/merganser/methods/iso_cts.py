@@ -41,7 +41,7 @@ class IsoCts(MatrixMethod, name="iso_cts"):
         source="Marczak et al., No task left behind: isotropic model merging, ICML 2025, arXiv:2502.04959",
         helps="Many fully fine-tuned vision models, more than eight above all; tune the scale (1.1 to 1.9).",
         hurts="Low-rank adapters and models in the wild: rounding noise is raised to the level of the signal.",
-        work=1200,
+        work=5000,
         passes=2,
         deviations="Other implementations give zero singular values arbitrary singular vectors, and raise these too.",
     )

@@ -145,7 +145,9 @@ class Knots(Composed, name="knots"):
     O(m^3 + models m^2 n) per matrix and pass; one pass more than TIES has.
     """
 
-    density: float = option(0.2, "for then=ties: share of each rotated task vector that is kept", gt=0.0, le=1.0)
+    density: float = option(
+        0.2, "for then=ties: share of each rotated task vector that is kept", gt=0.0, le=1.0, per_model=True
+    )
     then: str | Method = method_option("ties", "how the rotated task vectors are merged", choices=("ties",))
 
     about = About(
@@ -154,7 +156,7 @@ class Knots(Composed, name="knots"):
         source="Stoica et al., Model merging with SVD to tie the KnOTS, ICLR 2025, arXiv:2410.19735",
         helps="Low-rank adapters of one base, whose task vectors hardly overlap entry by entry.",
         hurts="Fully fine-tuned models, where it costs decompositions and gains little over TIES.",
-        work=1500,
+        work=5000,
         passes=3,
         deviations="The authors round the rotated task vectors to float32, and treat a bias as one more column. For "
         'their variant with DARE, then={"method": "dare", "then": "ties"}.',

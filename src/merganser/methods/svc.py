@@ -43,7 +43,7 @@ class Svc(Composed, name="svc"):
         source="Spectral over-accumulation in model merging, ICML 2026, arXiv:2602.05536",
         helps="On top of task arithmetic or TIES with many tasks, where it replaces a search for the scale.",
         hurts="On top of Iso-C, whose equal singular values leave the directions to rounding.",
-        work=700,
+        work=2500,
         passes=2,
         deviations="FusionBench's default alpha is 0.1; it divides by at least 1e-10 where a response is smaller.",
     )

@@ -37,7 +37,7 @@ class Tsv(MatrixMethod, name="tsv"):
         source="Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv:2412.00081",
         helps="No data and no tuning (scale 1): a strong default for many fully fine-tuned vision models.",
         hurts="Language models in the wild, where it loses to task arithmetic; more models than the rank of a matrix.",
-        work=2000,
+        work=8000,
         deviations="The authors whiten by singular value or by eigendecomposition, which agree. Where a task has fewer "
         "directions than its share, or tasks coincide, other implementations add arbitrary vectors of the null space; "
         "here there are none. FusionBench computes the lossless variant in float32.",
