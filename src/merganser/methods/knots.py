@@ -106,8 +106,10 @@ class _AlignedContext(Context):
         """The same for one matrix."""
         return _AlignedContext(self._inner.only(name), self._bases, {name: self.specs[name]})
 
-    def each(self, fn: Callable[[Block], T], *, share: float = 1.0) -> Iterator[tuple[BlockKey, T]]:
-        """Call `fn` on every matrix, or on its middle rows."""
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = True
+    ) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every matrix, whole, or on its middle rows."""
 
         def run(block: Block) -> tuple[BlockKey, T] | None:
             if block.key.name not in self.specs:
@@ -118,7 +120,7 @@ class _AlignedContext(Context):
             aligned = _AlignedBlock(block, basis, (size - count) // 2 // 32 * 32, count)
             return aligned.key, fn(aligned)
 
-        for _, found in self._inner.each(run):
+        for _, found in self._inner.each(run, as_merged=True):
             if found is not None:
                 yield found
 
@@ -214,7 +216,7 @@ class Knots(Composed, name="knots"):
         def rank(block: Block) -> int:
             return bases.of(block).shape[1] if is_matrix(block.spec) else 0
 
-        ranks = {key.name: size for key, size in context.each(rank)}
+        ranks = {key.name: size for key, size in context.each(rank, as_merged=True)}
         specs = {
             name: replace(spec, shape=(ranks[name], spec.shape[1]))
             for name, spec in context.specs.items()
