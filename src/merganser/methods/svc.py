@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods._base import About, Block, Method, State
-from merganser.methods._compose import Composed
+from merganser.methods._base import About, Block, Context, Method, State
+from merganser.methods._compose import AsMerged, Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option
 from merganser.methods._spectral import is_matrix, svd_elements, thin_svd
@@ -75,6 +75,10 @@ class Svc(Composed, name="svc"):
         """A decomposition and two responses, after what the method inside needs."""
         own = svd_elements(*spec.shape) + 6 * spec.numel if is_matrix(spec) else 0
         return self.inner.workspace(spec, models) + own
+
+    def prepare(self, context: Context) -> State:
+        """The passes of the method inside, over the matrices that are whole here."""
+        return self.inner.prepare(AsMerged(context))
 
     def merge(self, block: Block, state: State) -> torch.Tensor:
         """The calibrated result of the method inside."""
