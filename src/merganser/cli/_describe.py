@@ -17,6 +17,7 @@ def method_data(cls: type[Method]) -> dict[str, Any]:
     kinds = ", ".join(sorted(cls.needs - {"base", "evaluator"}))
     needs = [f"{count} model{'' if count == '1' else 's'}", *(("a base",) if "base" in cls.needs else ())]
     needs += ["an evaluator"] if "evaluator" in cls.needs else []
+    needs += ["a base if wanted"] if cls.takes_base else []
     needs += [f"statistics ({kinds})"] if kinds else []
     return {
         "name": cls.name,

@@ -134,6 +134,10 @@ class StreamBlock(Block):
             self._base = self._load(self._tensor.base, "base")
         return self._base
 
+    @property
+    def based(self) -> bool:
+        return self._tensor.base is not None
+
     def model(self, index: int, slot: int | None = None) -> torch.Tensor:
         return self._load(self._tensor.inputs[index], f"model {index if slot is None else slot}")
 

@@ -122,6 +122,8 @@ class Demands:
             except RecipeError as error:
                 raise self._recipe.located(error) from None
             requires = method.requires(len(weights))
+            if method.takes_base and self._recipe.base is not None:
+                requires |= {"base"}
             self._used |= requires
             if method.takes_base_statistics:
                 self._used.add("base statistics")

@@ -52,6 +52,11 @@ class Block(ABC):
     def base(self) -> torch.Tensor:
         """The base model's elements. Not to be overwritten."""
 
+    @property
+    @abstractmethod
+    def based(self) -> bool:
+        """Whether there is a base: the method needs one, or uses one and the user gave it."""
+
     @abstractmethod
     def model(self, index: int, slot: int | None = None) -> torch.Tensor:
         """The elements of model `index`, in buffer `slot` (by default one of its own)."""
@@ -170,6 +175,11 @@ class TransformedBlock(Block):
         """The base model's elements."""
         return self._inner.base
 
+    @property
+    def based(self) -> bool:
+        """Whether there is a base."""
+        return self._inner.based
+
     def model(self, index: int, slot: int | None = None) -> torch.Tensor:
         """Base plus the transformed task vector."""
         return self.delta(index, slot).add_(self.base)
@@ -282,6 +292,7 @@ class Method(ABC):
         scope: what `merge` may be given: any run of elements (``"element"``), whole tensors (``"block"``), any run
             after passes over the whole model (``"model"``), or models one after the other (``"sequential"``).
         needs: what must be given beside the models: ``"base"``, ...
+        takes_base: whether a base is used where it is given, without being needed.
         arity: least and greatest number of models.
         default_init: the initialisation if the user names none; None for a method that has no use for one.
         base_is_model: whether a base that is also listed among the models counts as one of them.
@@ -297,6 +308,7 @@ class Method(ABC):
     about: ClassVar[About]
     scope: ClassVar[Literal["element", "block", "model", "sequential"]] = "element"
     needs: ClassVar[frozenset[str]] = frozenset()
+    takes_base: ClassVar[bool] = False
     arity: ClassVar[tuple[int, int | None]] = (1, None)
     base_is_model: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
@@ -428,4 +440,16 @@ def check_normalisable(method: Method, weights: Sequence[float]) -> None:
             f"the weights {list(weights)} sum to zero, so `{method.name}` cannot normalise them",
             places=Place(key="weight"),
             fix="change the weights, or set normalize to false",
+        )
+
+
+def check_positive(method: Method, weights: Sequence[float]) -> None:
+    """Refuse weights that are not positive, where sums over any of the models are divided by.
+
+    Raises:
+        RecipeError: E0307.
+    """
+    if not all(weight > 0 for weight in weights):
+        raise RecipeError(
+            "E0307", f"`{method.name}` needs positive weights, not {list(weights)}", places=Place(key="weight")
         )
