@@ -1,0 +1,144 @@
+"""NuSLERP: slerp with weights, between models or task vectors, by tensor or by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.methods._base import About, Block, Context, Method, check_normalisable
+from merganser.methods._options import option
+from merganser.methods._rows import chunks, row_cuts, spread
+
+__all__ = ["NuSlerp"]
+
+Array = npt.NDArray[np.float64]
+
+_COLLINEAR = 1e-8
+
+
+@dataclass(frozen=True)
+class NuSlerp(Method, name="nuslerp"):
+    """``slerp(x_1, x_2; t)`` with ``t = w_2 / (w_1 + w_2)``, of two models or their task vectors.
+
+    With ``theta`` the angle between x_1 and x_2 it is ``[sin((1-t) theta) x_1 + sin(t theta) x_2] / sin(theta)``, and
+    ``(1-t) x_1 + t x_2`` where they are collinear; zeros count as orthogonal to everything. The x_i are task vectors
+    where a base is given, to which the result is then added.
+
+    The angle is that of the whole tensor, or, with ``nuslerp_flatten=false``, one for every vector along the last
+    dimension (``nuslerp_row_wise=false``) or the first one (true). Two passes, O(elements); one angle per vector in
+    memory.
+    """
+
+    nuslerp_flatten: bool = option(True, "one angle per tensor")
+    nuslerp_row_wise: bool = option(False, "without flatten: vectors along the first dimension, not the last")
+
+    about = About(
+        title="Weighted interpolation of two models or task vectors along the sphere",
+        equation="W = W_0 + [sin((1-t) theta) t_1 + sin(t theta) t_2] / sin(theta),  t = w_2 / (w_1 + w_2)",
+        source="mergekit, nuslerp, 2024",
+        helps="Two task vectors that are far from parallel, where slerp of the models would be linear.",
+        hurts="More than two models: multislerp, karcher.",
+        work=8,
+        passes=2,
+        deviations="The names of the options and the dimension that each stands for are mergekit's.",
+    )
+    symmetric = False
+    takes_base = True
+    arity = (2, 2)
+
+    def requires(self, models: int) -> frozenset[str]:
+        """The base, where the scale is not 1."""
+        return frozenset() if self.scale == 1 else frozenset({"base"})
+
+    def buffers(self, models: int) -> int:
+        """The two vectors, their products in float64, and the shares of every element."""
+        return 10
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """The weights must not sum to zero."""
+        super().check(models, weights)
+        check_normalisable(self, weights)
+
+    def _rows(self, spec: BlockSpec) -> tuple[int, int, bool]:
+        """How many vectors there are, the period of their positions, and whether they run along the first dimension."""
+        if self.nuslerp_flatten or len(spec.shape) < 2 or not spec.numel:
+            return 1, max(1, spec.numel), False
+        if self.nuslerp_row_wise:
+            count = spec.numel // spec.shape[0]
+            return count, count, True
+        return spec.numel // spec.shape[-1], spec.shape[-1], False
+
+    def prepare(self, context: Context) -> dict[str, Array]:
+        """The cosine of every pair of vectors."""
+        sums = {name: np.zeros((3, self._rows(spec)[0])) for name, spec in context.specs.items()}
+        for key, pieces in context.each(self._products):
+            for first, piece in pieces:
+                sums[key.name][:, first : first + piece.shape[1]] += piece
+        return {name: _cosines(*table) for name, table in sums.items()}
+
+    def _products(self, block: Block) -> list[tuple[int, Array]]:
+        """Inner product and squared norms of the vectors' parts in every chunk, from the first vector on."""
+        _, length, inner = self._rows(block.spec)
+        a, b = (x.double().cpu().numpy() for x in _vectors(block))
+        pieces: list[tuple[int, Array]] = []
+        for start, first, last in chunks(block):
+            x, y = a[first:last], b[first:last]
+            products = np.stack([x * y, x * x, y * y])
+            if inner:
+                pieces += _columns(products, start % length, length)
+            else:
+                row, cuts = row_cuts(start, start + last - first, length)
+                pieces.append((row, np.add.reduceat(products, cuts, axis=1)))
+        return pieces
+
+    def merge(self, block: Block, state: Mapping[str, Array]) -> torch.Tensor:
+        """The combination of one block."""
+        _, length, inner = self._rows(block.spec)
+        t = block.weights[1] / math.fsum(block.weights)
+        shares = _shares(state[block.key.name], t)
+        first, second = _vectors(block)
+        if len(shares[0]) == 1:
+            merged = first.mul_(shares[0].item()).add_(second, alpha=shares[1].item())
+        else:
+            a, b = (spread(share, block, length, first, inner=inner) for share in shares)
+            merged = first.mul_(a).add_(second.mul_(b))
+        return merged.mul_(self.scale).add_(block.base) if block.based else merged
+
+
+def _vectors(block: Block) -> list[torch.Tensor]:
+    return [block.delta(i, slot=i) if block.based else block.model(i, slot=i) for i in range(2)]
+
+
+def _columns(products: Array, offset: int, period: int) -> list[tuple[int, Array]]:
+    """Sums over elements of equal position modulo `period`, the first of which has position `offset`."""
+    head = min((period - offset) % period, products.shape[1])
+    rows = (products.shape[1] - head) // period
+    tail = head + rows * period
+    pieces = [(offset, products[:, :head])] if head else []
+    if rows:
+        pieces.append((0, products[:, head:tail].reshape(3, rows, period).sum(axis=1)))
+    return [*pieces, (0, products[:, tail:])]
+
+
+def _cosines(dots: Array, first: Array, second: Array) -> Array:
+    norms = np.sqrt(first) * np.sqrt(second)
+    cosines: Array = np.clip(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0), -1.0, 1.0)
+    return cosines
+
+
+def _shares(cosines: Array, t: float) -> tuple[Array, Array]:
+    """The coefficients of both vectors, for every cosine."""
+    theta = np.arccos(cosines)
+    sine = np.sin(theta)
+    apart = sine > _COLLINEAR
+    divisor = np.where(apart, sine, 1.0)
+    return (
+        np.where(apart, np.sin((1 - t) * theta) / divisor, 1 - t),
+        np.where(apart, np.sin(t * theta) / divisor, t),
+    )
