@@ -14,10 +14,11 @@ __all__ = ["Average"]
 
 
 @dataclass(frozen=True)
-class Average(Method, name="average", aliases=("linear",)):
+class Average(Method, name="average", aliases=("linear", "fedavg")):
     """``W = sum_i w_i W_i / sum_i w_i``: the metric of every model is the identity.
 
-    With a scale other than 1, ``W_0 + scale (W - W_0)``. Memory: two buffers. One pass, O(models x elements).
+    With the models' numbers of training examples as weights it is federated averaging (FedAvg). With a scale other than
+    1, ``W_0 + scale (W - W_0)``. Memory: two buffers. One pass, O(models x elements).
     """
 
     normalize: bool = option(True, "divide by the sum of the weights")
@@ -26,7 +27,8 @@ class Average(Method, name="average", aliases=("linear",)):
         title="Weighted average of the weights (model soup, FedAvg)",
         equation="W = sum_i w_i W_i / sum_i w_i",
         source="Wortsman et al., Model soups, 2022, arXiv:2203.05482",
-        helps="Models fine-tuned on the same task from one base; a baseline for everything else.",
+        helps="Models fine-tuned on the same task from one base; a baseline for everything else. FedAvg (McMahan et "
+        "al., 2017, arXiv:1602.05629): the clients' numbers of examples as weights.",
         hurts="Many tasks that differ: every task vector is shrunk by the number of models.",
         work=3,
     )
