@@ -80,8 +80,44 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "dc_merge": [{"density": 0.02, "rank": 8, "smoothing": "linear"}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
+    "nuslerp": [
+        {"weights": [0.3, 0.7], "scale": 0.5},
+        {"nuslerp_flatten": False, "weights": [0.3, 0.7]},
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    ],
+    "multislerp": [{"scale": 0.7, "weights": [0.5, 1.5]}],
+    "karcher": [{"max_iter": 3, "tol": 0.0, "scale": 0.5}],
+    "nearswap": [{"t": 0.05, "scale": 0.5}],
+    "arcee_fusion": [{"scale": 0.5}],
+    "ram": [{"epsilon": 0.1, "scale": 0.5}],
+    "ramplus_tl": [{"epsilon": 0.1, "r": 0.5, "alpha": 3.0}],
+    "checkpoint_average": [{"anchor": 0.02, "weights": [1.0, 3.0]}],
+    "lawa": [{"k": 1, "stride": 2}],
+    "ema": [{"beta": 0.5, "debias": True, "scale": 0.5}],
+    "mwa": [
+        {"metric": [2.0, 1.5], "penalty": 3.0},
+        {"metric": [0.2, 0.7], "direction": "higher", "family": "minmax"},
+        {"metric": [2.0, 1.5], "family": "exp"},
+    ],
+    "variance_corrected": [{"target": "conservative", "gamma": 0.3, "vectors": True, "eps": 1e-4}],
+    "flag": [{"rank": 2, "iterations": 3, "penalty": 1.0, "rescale": "norm"}],
 }
 """Options beside the defaults. Every registered method is tested with its defaults by being there."""
+
+AVERAGES = [
+    "average",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "checkpoint_average",
+    "lawa",
+    "ema",
+    "mwa",
+    "variance_corrected",
+]
+"""Methods that need no base, and of which copies of one model return it."""
+
 
 CASES = [
     (name, options)
@@ -138,8 +174,14 @@ def statistics_for(method: str, options: Mapping[str, Any], models: int) -> list
     return [evidence(BASE, seed) for seed in range(models)] if needed else None
 
 
+def fitting(models: list[State], method: str) -> list[State]:
+    """As many of the models as the method merges."""
+    return models[: all_methods()[method].arity[1]]
+
+
 def run(models: list[State], method: str, base: State = BASE, **options: Any) -> State:
     """The merge, with the statistics that the method needs; the first model of several."""
+    models = fitting(models, method)
     known = statistics_for(method, options, len(models))
     if "evaluator" in requirements(method, options, len(models)):
         options = {"evaluator": size, **options}
@@ -186,10 +228,9 @@ def test_identical_models(method: str, options: dict[str, Any], dtype: torch.dty
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-@pytest.mark.parametrize("method", ["average", "slerp"])
+@pytest.mark.parametrize("method", AVERAGES)
 def test_copies_average_to_themselves(method: str, n: int) -> None:
-    count = 2 if method == "slerp" else n
-    merged = mg.merge([A] * count, method=method)
+    merged = mg.merge(fitting([A] * n, method), method=method)
     assert all(torch.allclose(merged[k], v, rtol=1e-6, atol=0) for k, v in A.items())
 
 
@@ -215,7 +256,8 @@ def known_by_position(method: str, options: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
 def test_permutation_of_models(method: str, options: dict[str, Any]) -> None:
-    if not all_methods()[method].symmetric or known_by_position(method, options):
+    cls = all_methods()[method]
+    if not cls.symmetric or cls.arity[1] == 1 or known_by_position(method, options):
         pytest.skip("masks, poles, statistics or per-model options belong to positions")
     one = run([A, B], method, **options)
     two = run([B, A], method, **options)
@@ -231,7 +273,8 @@ def test_same_bits_for_any_blocks_threads_and_source(
     states = [{k: v.to(dtype) for k, v in state.items()} for state in (BASE, A, B)]
     weights = options.get("weights")
     rest = {k: v for k, v in options.items() if k != "weights"}
-    known = statistics_for(method, options, 2)
+    states = [states[0], *fitting(states[1:], method)]
+    known = statistics_for(method, options, len(states) - 1)
     recipe = simple_recipe(states[1:], base=states[0], method=method, weights=weights, statistics=known, options=rest)
     evaluator = size if "evaluator" in requirements(method, options, 2) else None
     recipe, _ = resolve(recipe, evaluator)
