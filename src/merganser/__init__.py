@@ -14,7 +14,7 @@ from merganser._version import __version__
 
 if TYPE_CHECKING:
     from merganser.blocks import BlockSpec, Role
-    from merganser.checkpoint import Checkpoint, open_checkpoint
+    from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
     from merganser.engine import Plan, execute, make_plan, merge, save, to_memory
     from merganser.errors import MerganserError
     from merganser.methods import Method, create_method
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "blocks": ("BlockSpec", "Role"),
-    "checkpoint": ("Checkpoint", "open_checkpoint"),
+    "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
     "engine": ("Plan", "execute", "make_plan", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
     "methods": ("Method", "create_method"),
@@ -41,6 +41,7 @@ __all__ = [
     "Role",
     "Statistics",
     "__version__",
+    "average_experts",
     "collect",
     "create_method",
     "execute",

@@ -2,6 +2,7 @@
 
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._carry import output_config, side_files
+from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._files import FilePool
 from merganser.checkpoint._folder import FileCheckpoint, refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
@@ -17,6 +18,7 @@ __all__ = [
     "ModelLike",
     "Shard",
     "ShardWriter",
+    "average_experts",
     "index_of",
     "lay_out",
     "open_checkpoint",
