@@ -43,7 +43,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: float, dims: tuple[int, ...]) -> 
 @pytest.mark.parametrize("how", ["flatten", "last", "first"])
 def test_nuslerp(how: str, based: bool) -> None:
     a, b, base = states(3)
-    options = {} if how == "flatten" else {"nuslerp_flatten": False, "nuslerp_row_wise": how == "first"}
+    options: dict[str, Any] = {} if how == "flatten" else {"nuslerp_flatten": False, "nuslerp_row_wise": how == "first"}
     merged = mg.merge([a, b], base=base if based else None, method="nuslerp", weights=[0.6, 1.4], **options)
     for name, value in merged.items():
         x, y = (m[name] - base[name] if based else m[name] for m in (a, b))
@@ -156,12 +156,12 @@ def test_ram(plus: bool) -> None:
     for name, value in merged.items():
         deltas = [m[name] - base[name] for m in models]
         masks = [(d.abs() > 1.0).double() for d in deltas]
-        count = sum(masks)
+        count = torch.stack(masks).sum(0)
         expected = base[name].clone()
         for delta, mask in zip(deltas, masks, strict=True):
             unique, shared = (mask * (count == 1)).sum().item(), (mask * (count > 1)).sum().item()
             factor = 1 + 0.5 * min(shared / unique, 2.0) if plus and unique else 1.0
-            expected += delta * mask * torch.where(count == 1, factor, 1 / count.clamp(min=1))
+            expected += delta * mask * torch.where(count == 1, torch.tensor(factor).double(), 1 / count.clamp(min=1))
         assert torch.allclose(value, expected, rtol=1e-12, atol=1e-12), name
 
 

@@ -87,9 +87,9 @@ class VarianceCorrected(Method, name="variance_corrected"):
         for key, found in context.each(self._moments):
             if found is not None:
                 parts[key.name].append(found)
-        found = {name: self._stretch(context.specs[name].numel, pieces) for name, pieces in parts.items()}
+        stretches = {name: self._stretch(context.specs[name].numel, pieces) for name, pieces in parts.items()}
         rounding = 4 * torch.finfo(context.dtype).eps
-        return {name: pair for name, pair in found.items() if abs(pair[1] - 1) > rounding}
+        return {name: pair for name, pair in stretches.items() if abs(pair[1] - 1) > rounding}
 
     def _moments(self, block: Block) -> tuple[Sequence[float], Moments] | None:
         """The v_i, and sums and sums of squares over chunks: of A, then of every model."""
