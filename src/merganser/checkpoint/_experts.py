@@ -26,8 +26,8 @@ def average_experts(
     """A mixture-of-experts model as a dense one: ``W = sum_k w_k W_k / sum_k w_k`` over the experts of every layer.
 
     The tensors ``STEM.experts.K.REST`` become one, ``STEM.REST``; the routers ``STEM.gate`` and ``STEM.router`` are
-    left out; all others stay as they are, shared experts included. Nothing is read yet: what is returned is a model like
-    any other for `merge`, e.g. ``merge([average_experts("moe")], method="passthrough", out="dense")``. It has no
+    left out; all others stay as they are, shared experts included. Nothing is read yet: what is returned is a model
+    like any other for `merge`, e.g. ``merge([average_experts("moe")], method="passthrough", out="dense")``. It has no
     configuration, since that of a mixture does not describe it.
 
     Args:

@@ -48,6 +48,12 @@ def spread(
         like: a tensor of the type and device of the result.
         inner: rows run along the first dimension instead: element p belongs to row ``p mod length``.
     """
-    positions = np.arange(block.key.start, block.key.stop)
-    index = positions % length if inner else positions // length
-    return torch.from_numpy(values[index]).to(like)
+    start, stop = block.key.start, block.key.stop
+    narrow = values.astype(np.float64 if like.dtype == torch.float64 else np.float32)
+    if inner:
+        offset = start % length
+        whole = np.tile(narrow, -(-(offset + stop - start) // length))[offset : offset + stop - start]
+    else:
+        row, cuts = row_cuts(start, stop, length)
+        whole = np.repeat(narrow[row : row + len(cuts)], np.diff(cuts, append=stop - start))
+    return torch.from_numpy(whole).to(like.device)

@@ -57,8 +57,8 @@ class NuSlerp(Method, name="nuslerp"):
         return frozenset() if self.scale == 1 else frozenset({"base"})
 
     def buffers(self, models: int) -> int:
-        """The two vectors, their products in float64, and the shares of every element."""
-        return 10
+        """The two vectors, the shares of every element, and one chunk's products in float64."""
+        return 6
 
     def check(self, models: int, weights: Sequence[float]) -> None:
         """The weights must not sum to zero."""
@@ -85,16 +85,18 @@ class NuSlerp(Method, name="nuslerp"):
     def _products(self, block: Block) -> list[tuple[int, Array]]:
         """Inner product and squared norms of the vectors' parts in every chunk, from the first vector on."""
         _, length, inner = self._rows(block.spec)
-        a, b = (x.double().cpu().numpy() for x in _vectors(block))
+        a, b = _vectors(block)
         pieces: list[tuple[int, Array]] = []
         for start, first, last in chunks(block):
-            x, y = a[first:last], b[first:last]
-            products = np.stack([x * y, x * x, y * y])
+            x, y = (v[first:last].double().cpu().numpy() for v in (a, b))
+            row, cuts = row_cuts(start, start + last - first, length)
+            products = np.empty((3, last - first))
+            for out, (left, right) in zip(products, ((x, y), (x, x), (y, y)), strict=True):
+                np.multiply(left, right, out=out)
             if inner:
                 pieces += _columns(products, start % length, length)
             else:
-                row, cuts = row_cuts(start, start + last - first, length)
-                pieces.append((row, np.add.reduceat(products, cuts, axis=1)))
+                pieces.append((row, np.stack([np.add.reduceat(line, cuts) for line in products])))
         return pieces
 
     def merge(self, block: Block, state: Mapping[str, Array]) -> torch.Tensor:
