@@ -14,7 +14,8 @@ import numpy.typing as npt
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Partials
-from merganser.methods._base import Block, Context, Method, State, check_normalisable
+from merganser.methods._base import Method, State, check_normalisable
+from merganser.methods._block import Block, Context
 
 __all__ = ["Combination", "Matrix", "combine", "inner_products", "total_products"]
 

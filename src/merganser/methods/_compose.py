@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from merganser.blocks import BlockSpec
-from merganser.methods._base import Block, BlockKey, Context, Method, State
+from merganser.methods._base import Method, State
+from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._options import Tensors
 
 __all__ = ["AsMerged", "Composed"]

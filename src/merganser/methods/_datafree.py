@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
-from merganser.methods._base import Block, Method, State, check_normalisable
+from merganser.methods._base import Method, State, check_normalisable
+from merganser.methods._block import Block
 
 __all__ = ["MatrixMethod", "mean_delta"]
 

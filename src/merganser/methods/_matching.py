@@ -6,7 +6,7 @@ import math
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
-from merganser.methods._base import Block
+from merganser.methods._block import Block
 from merganser.operators import Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Operator
 from merganser.solvers import Solution
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import Block
+from merganser.methods._block import Block
 
 __all__ = ["chunks", "row_cuts", "spread"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from merganser._torch import torch
-from merganser.methods._base import Block, Method, State
+from merganser.methods._base import Method, State
+from merganser.methods._block import Block
 
 __all__ = ["Choice", "Search", "Trials"]
 

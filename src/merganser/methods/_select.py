@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Bracket, RankCounter
-from merganser.methods._base import Block, BlockKey, Context
+from merganser.methods._block import Block, BlockKey, Context
 
 __all__ = ["Threshold", "exact_thresholds", "magnitude_thresholds", "select", "task_vectors"]
 

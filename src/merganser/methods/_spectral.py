@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import Block, Method, State
+from merganser.methods._base import Method, State
+from merganser.methods._block import Block
 from merganser.operators import rank_tolerance
 
 __all__ = [

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Partials
-from merganser.methods._base import Block, Context, Method, State, Transform
+from merganser.methods._base import Method, State
+from merganser.methods._block import Block, Context, Transform
 from merganser.methods._select import Threshold
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.methods.ties import Ties, TiesState

@@ -13,7 +13,8 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.kernels import Bracket, RankCounter
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._rows import chunks, row_cuts, spread
 
 __all__ = ["ArceeFusion"]

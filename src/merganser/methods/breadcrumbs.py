@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Context, Method, Transform, TransformedBlock
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context, Transform, TransformedBlock
 from merganser.methods._options import option, per_model
 from merganser.methods._select import Threshold, exact_thresholds
 from merganser.methods._stages import l1_factors, second_stage, second_state

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, State, check_positive
+from merganser.methods._base import About, State, check_positive
+from merganser.methods._block import Block
 from merganser.methods._combination import Combination, combine
 from merganser.methods._options import option
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from merganser import kernels
 from merganser._torch import torch
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block, Method, State
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block
 from merganser.methods._options import option, per_model
 
 __all__ = ["Consensus"]

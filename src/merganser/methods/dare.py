@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import (
-    About,
-    Block,
-    Context,
-    Method,
-    State,
-    Transform,
-    TransformedBlock,
-    TransformedContext,
-)
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block, Context, Transform, TransformedBlock, TransformedContext
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model

@@ -10,7 +10,8 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block, Context, Method, Transform, TransformedBlock
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context, Transform, TransformedBlock
 from merganser.methods._options import option, per_model
 from merganser.methods._stages import l1_factors, second_stage, second_state
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 
 __all__ = ["Emr"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Partials
-from merganser.methods._base import About, Block, Context, Method, check_normalisable
+from merganser.methods._base import About, Method, check_normalisable
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 
 __all__ = ["Fisher", "check_sign"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Context, Method, check_positive
+from merganser.methods._base import About, Method, check_positive
+from merganser.methods._block import Block, Context
 from merganser.methods._combination import Matrix, combine, total_products
 from merganser.methods._options import option
 

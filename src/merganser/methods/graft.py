@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._options import Tensors, option, tensors_option
 from merganser.methods._select import select
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods._base import About, Block
+from merganser.methods._base import About
+from merganser.methods._block import Block
 from merganser.methods._spectral import MatrixMethod, matrix_delta, svd_elements, thin_svd
 
 __all__ = ["IsoC"]

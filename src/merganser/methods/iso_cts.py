@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods._base import About, Block
+from merganser.methods._base import About
+from merganser.methods._block import Block
 from merganser.methods._options import option
 from merganser.methods._spectral import MatrixMethod, Triple, join, matrix_delta, polar, svd_elements, thin_svd
 from merganser.operators import rank_tolerance

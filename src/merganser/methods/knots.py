@@ -10,7 +10,8 @@ from typing import TypeVar
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block, BlockKey, Context, Method, State, TransformedBlock
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block, BlockKey, Context, TransformedBlock
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option

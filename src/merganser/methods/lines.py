@@ -11,7 +11,8 @@ from merganser._torch import torch
 from merganser.blocks import layer_of
 from merganser.errors import Place, RecipeError
 from merganser.kernels import Partials
-from merganser.methods._base import About, Block, Context, Method, State
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block, Context
 from merganser.methods._compose import Composed
 from merganser.methods._options import method_option, option
 from merganser.methods.task_arithmetic import TaskArithmetic

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Method, State
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block
 
 __all__ = ["MagMax"]
 

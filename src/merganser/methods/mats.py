@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block, Method, State, check_normalisable
+from merganser.methods._base import About, Method, State, check_normalisable
+from merganser.methods._block import Block
 from merganser.methods._matching import (
     as_matrix,
     from_matrix,

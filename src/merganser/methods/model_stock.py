@@ -12,7 +12,8 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.kernels import Partials
-from merganser.methods._base import About, Block, Context, Method, check_normalisable
+from merganser.methods._base import About, Method, check_normalisable
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 
 __all__ = ["ModelStock"]

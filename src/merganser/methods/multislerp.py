@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Context, Method, check_normalisable
+from merganser.methods._base import About, Method, check_normalisable
+from merganser.methods._block import Block, Context
 from merganser.methods._combination import Matrix, combine, inner_products
 from merganser.methods._options import option
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Method, State
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block
 from merganser.methods._options import option
 
 __all__ = ["NearSwap"]

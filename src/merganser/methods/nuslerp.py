@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods._base import About, Block, Context, Method, check_normalisable
+from merganser.methods._base import About, Method, check_normalisable
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 from merganser.methods._rows import chunks, row_cuts, spread
 

@@ -11,7 +11,8 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
 from merganser.errors import InputError, Place, RecipeError
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._options import list_option, option
 
 __all__ = ["Opcm"]

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Context, Method, check_positive
+from merganser.methods._base import About, Method, check_positive
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 from merganser.methods.ram import changed
 

@@ -10,7 +10,8 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.errors import Place, RecipeError
 from merganser.kernels import Partials
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 from merganser.methods._select import Threshold, exact_thresholds
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Block
+from merganser.methods._base import About
+from merganser.methods._block import Block
 from merganser.methods._options import option
 from merganser.methods.fisher import Fisher
 

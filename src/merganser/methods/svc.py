@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods._base import About, Block, Context, Method, State
+from merganser.methods._base import About, Method, State
+from merganser.methods._block import Block, Context
 from merganser.methods._compose import AsMerged, Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block, Method, State, check_normalisable
+from merganser.methods._base import About, Method, State, check_normalisable
+from merganser.methods._block import Block
 from merganser.methods.fisher import check_sign
 
 __all__ = ["UBGM"]

@@ -10,7 +10,8 @@ from operator import itemgetter
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
-from merganser.methods._base import About, Block, Context, Method
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 
 __all__ = ["Widen"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.methods._base import About, Block
+from merganser.methods._base import About
+from merganser.methods._block import Block
 from merganser.methods._datafree import MatrixMethod
 from merganser.methods._matching import report
 from merganser.methods._options import option

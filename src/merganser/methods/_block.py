@@ -1,0 +1,248 @@
+"""What a method sees of the models: blocks of their tensors, and passes over them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.errors import MerganserError
+
+__all__ = ["Block", "BlockKey", "Context", "Transform", "TransformedBlock", "TransformedContext"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """A block: elements ``[start, stop)`` of one flattened tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Block(ABC):
+    """A run of elements of one tensor, in the base and in all models. Methods see nothing else of the files.
+
+    Tensors are flat, in the compute type. They live in reused buffers and may be overwritten: a second call for the
+    same slot overwrites the first call's tensor.
+
+    Attributes:
+        spec: the tensor.
+        key: which run of it.
+        weights: one number per model.
+        seed: the seed of the merge.
+    """
+
+    spec: BlockSpec
+    key: BlockKey
+    weights: tuple[float, ...]
+    seed: int
+
+    @property
+    @abstractmethod
+    def base(self) -> torch.Tensor:
+        """The base model's elements. Not to be overwritten."""
+
+    @property
+    @abstractmethod
+    def based(self) -> bool:
+        """Whether there is a base: the method needs one, or uses one and the user gave it."""
+
+    @abstractmethod
+    def model(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The elements of model `index`, in buffer `slot` (by default one of its own)."""
+
+    @abstractmethod
+    def buffer(self, name: str) -> torch.Tensor:
+        """A scratch tensor of the block's size; its contents are whatever was left there."""
+
+    @abstractmethod
+    def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
+        """A statistic of model `index`, or of the base (None), or None if it was not collected for this tensor.
+
+        Args:
+            kind: ``"gram"`` (in x in), ``"output_gram"`` (out x out), ``"mean"`` (in), ``"block"`` (d x d) or
+                ``"rows"`` (n x d), all whole; or ``"fisher"``, the elements that belong to this block's, flat.
+            index: the model.
+        """
+
+    @abstractmethod
+    def tensor(self, option: str, index: int) -> torch.Tensor | None:
+        """The elements of this tensor's namesake in an option that holds tensors, for model `index`; None without."""
+
+    @abstractmethod
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What is written down about the statistics of model `index`: estimator, batch size, ..."""
+
+    @abstractmethod
+    def fault(self, kind: str, index: int, message: str) -> MerganserError:
+        """The error for a statistic of model `index` that cannot be right, to be raised."""
+
+    @property
+    @abstractmethod
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out), as statistics of it say."""
+
+    @property
+    @abstractmethod
+    def init(self) -> torch.Tensor:
+        """The elements of the initialisation that the user chose. Yours to overwrite."""
+
+    @abstractmethod
+    def report(self, **values: Any) -> None:
+        """Record figures about this block (status, iterations, residual), for the report of the merge."""
+
+    @abstractmethod
+    def note(self, name: str, amount: int) -> None:
+        """Add to a count of the whole pass, which `Method.review` receives."""
+
+    @abstractmethod
+    def doubt(self) -> None:
+        """Mark this block's result as one that `Method.review` may ask to be computed again."""
+
+    def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The task vector ``W_i - W_0`` of model `index`, in buffer `slot`."""
+        return self.model(index, slot).sub_(self.base)
+
+    def deltas(self) -> list[torch.Tensor]:
+        """The task vectors of all models, each in its own buffer."""
+        return [self.delta(index) for index in range(len(self.weights))]
+
+
+class Context(ABC):
+    """The tensors that a method merges, for passes before the merge.
+
+    Attributes:
+        specs: the tensors by name, in natural order.
+        models: the number of models.
+        seed: the seed of the merge.
+        dtype: the compute type.
+        counters: how many int64 counters a method may keep without exceeding the memory budget.
+    """
+
+    specs: Mapping[str, BlockSpec]
+    models: int
+    seed: int
+    dtype: torch.dtype
+    counters: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of one model."""
+        return sum(spec.numel for spec in self.specs.values())
+
+    @abstractmethod
+    def only(self, name: str) -> Context:
+        """The same for one tensor alone."""
+
+    @abstractmethod
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
+    ) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every block, on several threads; yield the results in the order of the blocks.
+
+        Args:
+            fn: called with each block.
+            share: read only this fraction of every block (its middle), as a sample of the model.
+            as_merged: divide the tensors as for `Method.merge`, into whole tensors or rows, instead of at multiples of
+                `kernels.CHUNK`.
+        """
+
+
+Transform = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]
+"""A change of a task vector: called with the block, the model's index and the delta, which it may overwrite."""
+
+
+class TransformedBlock(Block):
+    """A block whose task vectors have passed through a transform."""
+
+    def __init__(self, inner: Block, transform: Transform) -> None:
+        self.spec, self.key, self.weights, self.seed = inner.spec, inner.key, inner.weights, inner.seed
+        self._inner = inner
+        self._transform = transform
+
+    @property
+    def base(self) -> torch.Tensor:
+        """The base model's elements."""
+        return self._inner.base
+
+    @property
+    def based(self) -> bool:
+        """Whether there is a base."""
+        return self._inner.based
+
+    def model(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """Base plus the transformed task vector."""
+        return self.delta(index, slot).add_(self.base)
+
+    def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
+        """The transformed task vector."""
+        return self._transform(self._inner, index, self._inner.delta(index, slot))
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A scratch tensor."""
+        return self._inner.buffer(name)
+
+    def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
+        """A statistic of a model."""
+        return self._inner.statistic(kind, index)
+
+    def tensor(self, option: str, index: int) -> torch.Tensor | None:
+        """The elements of this tensor's namesake in an option."""
+        return self._inner.tensor(option, index)
+
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What is written down about the statistics of a model."""
+        return self._inner.facts(index)
+
+    def fault(self, kind: str, index: int, message: str) -> MerganserError:
+        """The error for a statistic."""
+        return self._inner.fault(kind, index, message)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self._inner.transposed
+
+    @property
+    def init(self) -> torch.Tensor:
+        """The initialisation."""
+        return self._inner.init
+
+    def report(self, **values: Any) -> None:
+        """Record figures."""
+        self._inner.report(**values)
+
+    def note(self, name: str, amount: int) -> None:
+        """Add to a count of the pass."""
+        self._inner.note(name, amount)
+
+    def doubt(self) -> None:
+        """Mark the result as provisional."""
+        self._inner.doubt()
+
+
+class TransformedContext(Context):
+    """Passes over transformed task vectors."""
+
+    def __init__(self, inner: Context, transform: Transform) -> None:
+        self.specs, self.models, self.seed, self.dtype = inner.specs, inner.models, inner.seed, inner.dtype
+        self.counters = inner.counters
+        self._inner = inner
+        self._transform = transform
+
+    def only(self, name: str) -> Context:
+        """The same for one tensor."""
+        return TransformedContext(self._inner.only(name), self._transform)
+
+    def each(
+        self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
+    ) -> Iterator[tuple[BlockKey, T]]:
+        """Call `fn` on every transformed block."""
+        transform = self._transform
+        return self._inner.each(lambda b: fn(TransformedBlock(b, transform)), share=share, as_merged=as_merged)
