@@ -130,8 +130,6 @@ class Opcm(Method, name="opcm"):
     def prepare(self, context: Context) -> OpcmState:
         """The norms of the task vectors and of the sum."""
         parts = [values for _, values in context.each(self._squares, as_merged=True)]
-        if not parts:
-            return OpcmState((0.0,) * context.models, 0.0)
         *norms, total, base = (math.sqrt(kernels.exact_sum(column)) for column in zip(*parts, strict=True))
         if self.earlier:
             self._check_earlier(norms[0], base)
