@@ -225,10 +225,15 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return pool[close[0]] if close else None
 
 
+_LONGEST_LIST = 1000
+"""Characters of names beyond which they are not listed."""
+
+
 def suggestion(name: str, candidates: Iterable[str]) -> str:
     """A sentence that names the nearest candidate, or lists all of them where none is near."""
     known = sorted(candidates)
     close = nearest(name, known)
     if close is not None:
         return f"did you mean `{close}`?"
-    return f"known: {', '.join(known)}" if len(known) <= 40 else ""
+    listed = ", ".join(known)
+    return f"known: {listed}" if len(listed) <= _LONGEST_LIST else ""
