@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
+from merganser.kernels import CHUNK
 from merganser.methods._base import About, Method, check_normalisable
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
@@ -87,11 +88,12 @@ class NuSlerp(Method, name="nuslerp"):
         """Inner product and squared norms of the vectors' parts in every chunk, from the first vector on."""
         _, length, inner = self._rows(block.spec)
         a, b = _vectors(block)
+        buffer = np.empty((3, CHUNK))
         pieces: list[tuple[int, Array]] = []
         for start, first, last in chunks(block):
             x, y = (v[first:last].double().cpu().numpy() for v in (a, b))
             row, cuts = row_cuts(start, start + last - first, length)
-            products = np.empty((3, last - first))
+            products = buffer[:, : last - first]
             for out, (left, right) in zip(products, ((x, y), (x, x), (y, y)), strict=True):
                 np.multiply(left, right, out=out)
             if inner:
@@ -123,10 +125,10 @@ def _columns(products: Array, offset: int, period: int) -> list[tuple[int, Array
     head = min((period - offset) % period, products.shape[1])
     rows = (products.shape[1] - head) // period
     tail = head + rows * period
-    pieces = [(offset, products[:, :head])] if head else []
+    pieces = [(offset, products[:, :head].copy())] if head else []
     if rows:
         pieces.append((0, products[:, head:tail].reshape(3, rows, period).sum(axis=1)))
-    return [*pieces, (0, products[:, tail:])]
+    return [*pieces, (0, products[:, tail:].copy())]
 
 
 def _cosines(dots: Array, first: Array, second: Array) -> Array:
