@@ -329,7 +329,7 @@ def test_methods(cli: Cli) -> None:
     found = cli("methods", "--json").succeeded().json
     by_name = {method["name"]: method for method in found}
     assert {"average", "ties", "dare", "slerp", "task_arithmetic"} <= by_name.keys()
-    assert by_name["average"]["aliases"] == ["linear"]
+    assert by_name["average"]["aliases"] == ["linear", "fedavg"]
     for method in found:
         for key in ("title", "equation", "source", "needs", "cost", "helps", "hurts"):
             assert method[key], (method["name"], key)
