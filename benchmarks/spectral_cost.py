@@ -101,9 +101,7 @@ def measure(rows: int, columns: int, count: int, runs: int, *, gaps: bool) -> di
         tasks[name] = lambda method=method, options=options: merge(method, options, [base, *models])  # type: ignore[misc]
     seconds = interleaved(tasks, runs)
     table: dict[str, Any] = {}
-    print(
-        f"\n{rows} x {columns}, {count} models: median CPU seconds of {runs} runs [least, most]; float32 beside float64"
-    )
+    print(f"\n{rows} x {columns}, {count} models: median CPU seconds of {runs} runs [least, most]")
     for name, values in seconds.items():
         entry = {"median": statistics.median(values), "least": min(values), "most": max(values)}
         gap = ""
