@@ -38,6 +38,7 @@ def merge(
     require_convergence: bool = ...,
     evaluator: Evaluator | None = ...,
     onto: str | os.PathLike[str] | None = ...,
+    max_memory: int | None = ...,
     **options: Any,
 ) -> dict[str, torch.Tensor]: ...
 
@@ -58,6 +59,7 @@ def merge(
     require_convergence: bool = ...,
     evaluator: Evaluator | None = ...,
     onto: str | os.PathLike[str] | None = ...,
+    max_memory: int | None = ...,
     **options: Any,
 ) -> Path: ...
 
@@ -77,6 +79,7 @@ def merge(
     require_convergence: bool = False,
     evaluator: Evaluator | None = None,
     onto: str | os.PathLike[str] | None = None,
+    max_memory: int | None = None,
     **options: Any,
 ) -> Any:
     """Merge models.
@@ -91,13 +94,15 @@ def merge(
         dtype: type of the result; that of the inputs if None (the wider, where they differ).
         seed: of random masks.
         device: where the arithmetic happens; the CPU if None.
-        out: a folder to write, which must not exist, or a name that ends in ``.safetensors``. Streams in about
-            1 GB of memory, whatever the size of the models.
+        out: a folder to write, which must not exist, or a name that ends in ``.safetensors``. Streams, whatever the
+            size of the models.
         require_convergence: whether a system that was not solved to its tolerance is an error, not a warning.
         evaluator: for methods that choose by trying: a function of a merged state dict that returns a number, or one
             per task; more is better.
         onto: the folder of an earlier merge by the same method (`opcm`), to which the models are added; `weights` are
             those of the new models, and the options are the earlier ones if not given.
+        max_memory: bytes above the interpreter (and above a result in memory). By default 1 GB with `out`, and
+            otherwise as much as the largest tensor needs.
         **options: options of the method, checked at once.
 
     Returns:
@@ -126,8 +131,8 @@ def merge(
         recipe = onto_recipe(models, onto, **keys)
     else:
         recipe = simple_recipe(models, statistics=statistics, **keys)
-    recipe, record = resolve(recipe, evaluator, device=device)
-    plan = make_plan(recipe, max_memory=DEFAULT_MEMORY)
+    recipe, record = resolve(recipe, evaluator, device=device, max_memory=max_memory)
+    plan = make_plan(recipe, max_memory=DEFAULT_MEMORY if max_memory is None and out is not None else max_memory)
     if out is not None:
         outcome = save(plan, out, record=record, device=device, require_convergence=require_convergence)
         for text in outcome.warnings:

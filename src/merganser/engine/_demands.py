@@ -125,7 +125,7 @@ class Demands:
             if method.takes_base and self._recipe.base is not None:
                 requires |= {"base"}
             self._used |= requires
-            if method.takes_base_statistics:
+            if method.uses_base_statistics():
                 self._used.add("base statistics")
             initial = method.initial()
             if initial is not None:

@@ -137,14 +137,14 @@ def make_plan(
     recipe: Recipe,
     *,
     threads: int | None = None,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | None = DEFAULT_MEMORY,
 ) -> Plan:
     """Open all models and decide everything; no weight is read.
 
     Args:
         recipe: what to merge.
         threads: worker threads; None means all cores.
-        max_memory: bytes above the interpreter.
+        max_memory: bytes above the interpreter; None for what the largest tensor takes, and the default at least.
 
     Raises:
         MerganserError: everything that is wrong with recipe or models and can be seen without reading weights.
@@ -155,7 +155,7 @@ def make_plan(
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, threads: int | None, max_memory: int) -> None:
+    def __init__(self, recipe: Recipe, threads: int | None, max_memory: int | None) -> None:
         self.recipe = recipe
         self.threads = threads if threads is not None else available_cores()
         if self.threads < 1:
@@ -190,7 +190,8 @@ class _Planner:
                 places=[Place(file=checkpoint.label) for checkpoint in participants[:3]],
             )
         warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
-        block, peak = _memory(tensors, self.threads, self.max_memory)
+        budget = _enough(tensors, self.threads) if self.max_memory is None else self.max_memory
+        block, peak = _memory(tensors, self.threads, budget)
         read = _bytes_read(tensors) + sum(a.spec.nbytes + b.spec.nbytes for a, b in ties)
         outputs = _outputs(tensors)
         written = sum(tensor.spec.nbytes for tensor in tensors) * max(1, len(outputs))
@@ -212,8 +213,8 @@ class _Planner:
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
-            counters=self.max_memory // 8 // _COUNTER_BYTES,
-            max_memory=self.max_memory,
+            counters=budget // 8 // _COUNTER_BYTES,
+            max_memory=budget,
             bytes_read=read,
             bytes_written=written,
             peak_memory=peak,
@@ -232,6 +233,13 @@ def _outputs(tensors: Sequence[TensorPlan]) -> tuple[int, ...]:
     if len(found) > 1:
         raise RecipeError("E0306", f"the tensors would have different results: {', '.join(map(str, sorted(found)))}")
     return next(iter(found), ())
+
+
+def _enough(tensors: Sequence[TensorPlan], threads: int) -> int:
+    """A budget that fits the largest tensor which its method needs whole, or rows of it, twice."""
+    whole = [tensor.whole_bytes() for tensor in tensors if tensor.is_whole]
+    rows = [t.step(kernels.CHUNK) * 2 * threads * 8 * (len(t.inputs) + 16) for t in tensors if not t.is_whole]
+    return max(DEFAULT_MEMORY, *(2 * size for size in (*whole, *rows)))
 
 
 def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[int, int]:
@@ -254,7 +262,7 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
                     f"`{tensor.spec.name}` needs {whole[-1] / 1e6:,.0f} MB as a whole; the budget is "
                     f"{budget / 1e6:,.0f} MB",
                     places=Place(tensor=tensor.spec.name),
-                    fix="raise --max-memory",
+                    fix="raise --max-memory (in Python max_memory=)",
                 )
             continue
         width = max(source.spec.dtype.itemsize for source in tensor.inputs) + tensor.spec.dtype.itemsize + 2
@@ -272,7 +280,7 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
             "E0802",
             f"the merge needs at least {needed / 1e6:,.0f} MB above the interpreter; the budget is "
             f"{budget / 1e6:,.0f} MB",
-            fix="raise --max-memory, or use fewer --threads",
+            fix="raise --max-memory (in Python max_memory=), or use fewer --threads",
         )
     largest = max(tensor.spec.numel for tensor in tensors)
     block = max(kernels.CHUNK, min(block, 2 * _power_of_two(largest)))
@@ -282,7 +290,7 @@ def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[i
             "E0802",
             f"a row of {longest:,} elements that the method needs as a whole does not fit {threads} times into the "
             f"budget of {budget / 1e6:,.0f} MB",
-            fix="raise --max-memory, or use fewer --threads",
+            fix="raise --max-memory (in Python max_memory=), or use fewer --threads",
         )
     workers = min(threads, budget // max(whole)) if whole else 0
     return block, fixed + max(threads * longest * per_element, sum(sorted(whole)[-workers:] if workers else ()))

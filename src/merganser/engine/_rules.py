@@ -235,7 +235,7 @@ class TensorRules:
             weights,
             kernels.compute_dtype(native),
             statistics=statistics,
-            base_statistics=self.demands.base_statistics(base) if method.takes_base_statistics else None,
+            base_statistics=self.demands.base_statistics(base) if method.uses_base_statistics() else None,
             init=self.demands.init(method, inputs[0], name),
             options=self.demands.options(method, inputs, name),
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser.engine._merge import save, to_memory
-from merganser.engine._plan import DEFAULT_MEMORY, make_plan
+from merganser.engine._plan import make_plan
 from merganser.errors import Place, RecipeError, UsageError
 from merganser.methods import Method
 from merganser.methods._search import Search
@@ -35,7 +35,7 @@ def resolve(
     evaluator: Evaluator | FolderEvaluator | None,
     *,
     device: str | torch.device | None = None,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | None = None,
     threads: int | None = None,
 ) -> tuple[Recipe, Mapping[str, Any]]:
     """The recipe with a merge in the place of a search, and what the search tried; other recipes as they are.
@@ -77,7 +77,7 @@ class _Trials:
         recipe: Recipe,
         evaluator: Evaluator | FolderEvaluator,
         device: str | torch.device | None,
-        max_memory: int,
+        max_memory: int | None,
         threads: int | None,
     ) -> None:
         self._recipe = recipe

@@ -106,6 +106,10 @@ class Method(ABC):
         """The initialisation if the user names none; None for a method that has no use for one."""
         return self.default_init
 
+    def uses_base_statistics(self) -> bool:
+        """Whether it makes use of statistics of the base, if they are given."""
+        return self.takes_base_statistics
+
     def outputs(self, models: int) -> tuple[int, ...]:
         """Keys of the merged models, where there are several; empty for one."""
         return ()

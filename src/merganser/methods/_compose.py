@@ -55,6 +55,10 @@ class Composed(Method):
         """Where the inner method starts."""
         return self.inner.initial()
 
+    def uses_base_statistics(self) -> bool:
+        """Whether the inner method uses them."""
+        return self.inner.uses_base_statistics()
+
     def requires(self, models: int) -> frozenset[str]:
         """What both need."""
         return self.needs | self.inner.requires(models)
