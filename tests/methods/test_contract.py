@@ -190,9 +190,10 @@ def run(models: list[State], method: str, base: State = BASE, **options: Any) ->
     return first
 
 
-def size(state: State) -> float:
-    """An evaluator that is not about anything."""
-    return -sum(float(value.double().square().sum()) for value in state.values())
+def size(state: State) -> torch.Tensor:
+    """An evaluator that is not about anything: differentiable, or the same for a float32 merge and its rounding."""
+    seen = [value if value.requires_grad else value.bfloat16() for value in state.values()]
+    return -torch.stack([value.double().square().sum() for value in seen]).sum()
 
 
 def tuned(base: State, seed: int, scale: float = 0.1, frozen: str = "") -> State:

@@ -144,6 +144,13 @@ class StreamBlock(Block):
     def buffer(self, name: str) -> torch.Tensor:
         return self._get(f"scratch {name}", self._tensor.dtype)
 
+    def beside(self, name: str, index: int, slot: int | None = None) -> torch.Tensor | None:
+        own = self._tensor.inputs[index]
+        other = own.checkpoint.specs().get(name)
+        if other is None or other.shape != own.spec.shape:
+            return None
+        return self._load(Input(own.checkpoint, name), f"beside {index if slot is None else slot}")
+
     def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
         if index is None:
             if self._tensor.base_statistics is None or kind not in self._tensor.base_statistics.kinds:

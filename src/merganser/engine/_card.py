@@ -139,7 +139,9 @@ def model_card(plan: Plan) -> str:
     }
     if hub:
         metadata["base_model"] = hub
-    options = ", ".join(f"{key} = {value}" for key, value in describe_method(method)["options"].items())
+    # what a search found is no option, and may be long; the lock file has it
+    known = method.options()
+    options = ", ".join(f"{k} = {v}" for k, v in describe_method(method)["options"].items() if k in known)
     title = plan.recipe.title or "Merged model"
     lines = [
         "---",

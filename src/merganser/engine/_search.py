@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
+from merganser.blocks import BlockSpec
 from merganser.engine._merge import save, to_memory
 from merganser.engine._plan import make_plan
 from merganser.errors import Place, RecipeError, UsageError
 from merganser.methods import Method
 from merganser.methods._search import Search
-from merganser.recipe import Recipe, Slice, constant
+from merganser.methods.average import Average
+from merganser.recipe import Recipe, Slice, constant, same_model
 
-__all__ = ["Evaluator", "FolderEvaluator", "resolve"]
+__all__ = ["Evaluator", "FolderEvaluator", "RecipeTrials", "resolve", "start"]
 
-Evaluator = Callable[[dict[str, "torch.Tensor"]], Any]
+Evaluator = Callable[..., Any]
 """From merged tensors to a number, or to one per task (a number, or a mapping of metrics); more is better."""
 
 
@@ -49,10 +52,29 @@ def resolve(
         if evaluator is not None:
             raise RecipeError("E0305", f"`{probe.name}` does not use an evaluator", places=Place(key="evaluator"))
         return recipe, {}
+    trials = start(recipe, probe, evaluator, device=device, max_memory=max_memory, threads=threads)
+    choice = probe.search(trials)
+    return trials.recipe(choice.method, choice.weights, choice.members), dict(choice.record)
+
+
+def start(
+    recipe: Recipe,
+    method: Search,
+    evaluator: Evaluator | FolderEvaluator | None,
+    *,
+    device: str | torch.device | None = None,
+    max_memory: int | None = None,
+    threads: int | None = None,
+) -> RecipeTrials:
+    """What a search needs, after checks of what was given.
+
+    Raises:
+        RecipeError: E0308 (no evaluator, or what the method asks for), E0310 (a search over slices).
+    """
     if evaluator is None:
         raise RecipeError(
             "E0308",
-            f"`{probe.name}` tries merges and needs an evaluator that measures them",
+            f"`{method.name}` tries merges and needs an evaluator that measures them",
             places=Place(file=recipe.file, key="evaluator"),
             fix="give evaluator=, a function of the merged state dict that returns a number (more is better), or "
             "--eval-cmd COMMAND",
@@ -60,17 +82,25 @@ def resolve(
     if len(recipe.slices) != 1 or not recipe.is_uniform():
         raise RecipeError(
             "E0310",
-            f"`{probe.name}` merges whole models with the same options everywhere",
+            f"`{method.name}` merges whole models with the same options everywhere",
             places=Place(file=recipe.file, key="slices"),
         )
-    trials = _Trials(recipe, evaluator, device, max_memory, threads)
-    trials.check(probe)
-    choice = probe.search(trials)
-    return trials.recipe(choice.method, choice.weights, choice.members), dict(choice.record)
+    trials = RecipeTrials(recipe, evaluator, device, max_memory, threads, base_is_model=method.base_is_model)
+    trials.check(method)
+    return trials
 
 
-class _Trials:
-    """Makes merges of some of the models, each once, and asks the evaluator."""
+class RecipeTrials:
+    """Makes merges of some of the models, each once, and asks the evaluator.
+
+    Args:
+        recipe: what a search is to be made for.
+        evaluator: what measures merges.
+        device: where the arithmetic happens.
+        max_memory: bytes above the interpreter.
+        threads: worker threads.
+        base_is_model: whether a listed base counts as one of the models.
+    """
 
     def __init__(
         self,
@@ -79,16 +109,31 @@ class _Trials:
         device: str | torch.device | None,
         max_memory: int | None,
         threads: int | None,
+        *,
+        base_is_model: bool,
     ) -> None:
         self._recipe = recipe
         self._evaluator = evaluator
         self._run: dict[str, Any] = {"device": device}
         self._plan: dict[str, Any] = {"max_memory": max_memory, "threads": threads}
         self._known: dict[Any, Mapping[str, float]] = {}
+        self.seed = recipe.seed
         sources = recipe.slices[0].sources
-        self.models = len(sources)
-        self.labels = tuple(_label(source.model, index) for index, source in enumerate(sources))
-        self.weights = recipe.constant_weights()
+        kept = [k for k, s in enumerate(sources) if base_is_model or not same_model(s.model, recipe.base)]
+        if not kept:
+            raise RecipeError(
+                "E0308", "the only model is the base itself", places=Place(file=recipe.file, key="models")
+            )
+        self._sources = [sources[k] for k in kept]
+        self.models = len(kept)
+        self.labels = tuple(_label(sources[k].model, k) for k in kept)
+        self.weights = tuple(recipe.constant_weights()[k] for k in kept)
+
+    @functools.cached_property
+    def specs(self) -> Mapping[str, BlockSpec]:
+        """The tensors that are merged, in natural order."""
+        plan = make_plan(self.recipe(Average()), **self._plan)
+        return {tensor.spec.name: tensor.spec for tensor in plan.tensors if tensor.method is not None}
 
     def check(self, method: Search) -> None:
         """What the method asks of the number of models and their weights."""
@@ -105,8 +150,7 @@ class _Trials:
         self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
     ) -> Recipe:
         """The recipe of one merge."""
-        sources = self._recipe.slices[0].sources
-        chosen = [sources[index] for index in (range(self.models) if members is None else members)]
+        chosen = [self._sources[index] for index in (range(self.models) if members is None else members)]
         numbers = [1.0] * len(chosen) if weights is None else list(weights)
         weighted = [
             dataclasses.replace(source, parameters=constant({"weight": number}))
@@ -136,11 +180,11 @@ class _Trials:
         """The merged tensors."""
         return to_memory(make_plan(self.recipe(method, weights, members), **self._plan), **self._run)
 
-    def evaluate(self, state: Mapping[str, torch.Tensor]) -> Any:
+    def evaluate(self, state: Mapping[str, torch.Tensor], **arguments: Any) -> Any:
         """What the evaluator says of any tensors."""
         if isinstance(self._evaluator, FolderEvaluator):
             raise UsageError("E0201", "this method needs an evaluator of tensors: use it from Python, with evaluator=")
-        return self._evaluator(dict(state))
+        return self._evaluator(dict(state), **arguments)
 
     def _measure(self, recipe: Recipe) -> Any:
         plan = make_plan(recipe, **self._plan)
@@ -164,7 +208,7 @@ def as_scores(value: Any) -> dict[str, float]:
         if isinstance(found, Mapping):
             found = next((number for metric, number in found.items() if metric != "n"), None)
         try:
-            scores[str(task)] = float(found)
+            scores[str(task)] = float(found.detach() if isinstance(found, torch.Tensor) else found)
         except (TypeError, ValueError):
             scores = {}
             break

@@ -62,6 +62,13 @@ class Block(ABC):
         """A scratch tensor of the block's size; its contents are whatever was left there."""
 
     @abstractmethod
+    def beside(self, name: str, index: int, slot: int | None = None) -> torch.Tensor | None:
+        """The elements of model `index` at this block's place in another tensor of the same shape, e.g. a mask.
+
+        None if the model has no such tensor. Slots are those of `model`, but not the same buffers.
+        """
+
+    @abstractmethod
     def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
         """A statistic of model `index`, or of the base (None), or None if it was not collected for this tensor.
 
@@ -187,6 +194,10 @@ class TransformedBlock(Block):
     def buffer(self, name: str) -> torch.Tensor:
         """A scratch tensor."""
         return self._inner.buffer(name)
+
+    def beside(self, name: str, index: int, slot: int | None = None) -> torch.Tensor | None:
+        """Another tensor, as it is."""
+        return self._inner.beside(name, index, slot)
 
     def statistic(self, kind: str, index: int | None) -> torch.Tensor | None:
         """A statistic of a model."""

@@ -37,7 +37,7 @@ class OptionInfo:
         ge: closed lower bound.
         lt: open upper bound.
         le: closed upper bound.
-        choices: the allowed words.
+        choices: the allowed words; where the default is a number, beside numbers.
         per_model: whether a list with one value per model is allowed.
         method: whether the value is a merge method, beside the allowed words.
         many: whether the value is a list of any length.
@@ -64,11 +64,10 @@ class OptionInfo:
             return "a safetensors file or folder, or tensors by name"
         if self.method:
             return ", ".join((*self.choices, "a method, `{method: NAME, ...options}`"))
-        if self.choices:
-            return ", ".join(self.choices)
         low = f"({self.gt:g}" if self.gt is not None else f"[{self.ge:g}" if self.ge is not None else "(-inf"
         high = f"{self.lt:g})" if self.lt is not None else f"{self.le:g}]" if self.le is not None else "inf)"
-        return "" if (low, high) == ("(-inf", "inf)") else f"{low}, {high}"
+        interval = "" if (low, high) == ("(-inf", "inf)") else f"{low}, {high}"
+        return ", ".join(filter(None, (*self.choices, interval)))
 
 
 def option(
@@ -188,17 +187,18 @@ def _check(method: Any, field: dataclasses.Field[Any], info: OptionInfo, value: 
         if not known:
             raise wrong(info.bounds)
         return value if isinstance(value, Tensors) else Tensors(value)
-    if info.choices:
-        if value not in info.choices:
-            raise wrong(f"one of {', '.join(info.choices)}")
+    if isinstance(value, str) and value in info.choices:
         return value
+    if info.choices and (field.default is None or isinstance(field.default, str)):
+        raise wrong(f"one of {', '.join(info.choices)}")
     if isinstance(field.default, bool):
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
     whole = info.whole if info.many else isinstance(field.default, int)
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
-        raise wrong("a whole number" if whole else "a number")
+        number = "a whole number" if whole else "a number"
+        raise wrong(f"{number}, or one of {', '.join(info.choices)}" if info.choices else number)
     if not math.isfinite(value):
         raise wrong("a finite number")
     outside = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from merganser._torch import torch
+from merganser.blocks import BlockSpec
 from merganser.methods._base import Method, State
 from merganser.methods._block import Block
 
@@ -21,11 +22,17 @@ class Trials(Protocol):
         models: the number of models.
         labels: how each is called.
         weights: the user's weights.
+        seed: of the merge.
     """
 
     models: int
     labels: tuple[str, ...]
     weights: tuple[float, ...]
+    seed: int
+
+    @property
+    def specs(self) -> Mapping[str, BlockSpec]:
+        """The tensors that are merged, in natural order."""
 
     def scores(
         self, method: Method, weights: Sequence[float] | None = None, members: Sequence[int] | None = None
@@ -48,8 +55,8 @@ class Trials(Protocol):
     ) -> dict[str, torch.Tensor]:
         """The merged tensors themselves."""
 
-    def evaluate(self, state: Mapping[str, torch.Tensor]) -> Any:
-        """What the evaluator returns for any tensors; a differentiable loss, if that is what it is."""
+    def evaluate(self, state: Mapping[str, torch.Tensor], **arguments: Any) -> Any:
+        """What the evaluator returns for any tensors, as it is: it may be differentiable."""
 
 
 @dataclass(frozen=True)
