@@ -79,6 +79,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"of": {"method": "knots", "scale": 0.6}},
     ],
     "dc_merge": [{"density": 0.02, "rank": 8, "smoothing": "linear"}],
+    "hetero_average": [
+        {"ratios": [0.2, 0.5, 0.8], "convention": "post"},
+        {"logits": [0.3, -0.2, 0.1], "alpha": 0.4, "tensors": "linear"},
+        {"alpha": 0.3},
+    ],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
     "nuslerp": [
         {"weights": [0.3, 0.7], "scale": 0.5},
