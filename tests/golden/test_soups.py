@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import merganser as mg
-from tests.golden.conftest import State, assert_close
+from merganser.engine import resolve
+from tests.golden.conftest import ROOT, State, assert_close
 
 Load = Callable[[str], State]
 
@@ -39,6 +42,29 @@ def test_greedy_soups(golden: Load, strict: bool, case: str) -> None:
     # model 2 is a copy of model 5: adding the second of them raises nothing, and which comes first is the rule's
     assert tried[6:] == ([0.555, 0.56, 0.55, 0.575, 0.605] if strict else tried[6:])
     assert len(tried) == 11
+
+
+def test_the_learned_soup(golden: Load) -> None:
+    """Eight steps of AdamW on the cross-entropy of `beta` times the logits; one row of numbers per tensor."""
+    models, _, data = toy(golden)
+    losses: list[float] = []
+
+    def loss(state: State, beta: torch.Tensor) -> torch.Tensor:
+        logits = data["X"] @ state["w"].T + state["b"]
+        value = torch.nn.functional.cross_entropy(beta * logits, data["Y"])
+        losses.append(value.item())
+        return value
+
+    options: dict[str, Any] = {"steps": 8, "beta": True, "minimize": True}
+    recipe = mg.simple_recipe(models, method="learned_soup", options=options)
+    chosen, record = resolve(recipe, loss)
+    merged = mg.to_memory(mg.make_plan(chosen))
+    assert_close(merged, {k: data[f"learned.{k}"] for k in ("w", "b")}, 1e-9)
+    alpha = torch.tensor([record["weights"][k] for k in ("w", "b")], dtype=torch.float64)
+    found = {"alpha": alpha, "beta": torch.tensor(record["beta"], dtype=torch.float64)}
+    assert_close(found, {k: data[f"learned.{k}"] for k in ("alpha", "beta")}, 1e-9)
+    known = json.loads((ROOT / "curvature/soups/toy.json").read_text())["learned"]["loss"]
+    assert losses == pytest.approx(known, abs=1e-9) == record["losses"]
 
 
 def test_the_average_is_the_uniform_soup(golden: Load) -> None:
