@@ -68,6 +68,7 @@ CATALOGUE: dict[str, str] = {
     "E0420": "The optimizer state does not fit the model, or holds no second moment of Adam.",
     "E0421": "The earlier merge cannot be continued: its lock file does not say how, the base is another one, or its "
     "weights were changed.",
+    "E0422": "The models were pruned with different masks, so their average has fewer zeros than each of them.",
     "E0501": "A path inside a checkpoint points outside its folder.",
     "E0502": "The weights are stored as a pickle, which can run code when it is read.",
     "E0503": "The model needs code from its folder, which is never run.",

@@ -67,6 +67,37 @@ def test_the_learned_soup(golden: Load) -> None:
     assert losses == pytest.approx(known, abs=1e-9) == record["losses"]
 
 
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_sparse_soups(golden: Load, stored: bool, greedy: bool) -> None:
+    """Six models under one mask: stored beside the weights, or as their zeros."""
+    models, accuracy, data = toy(golden)
+    masked = [{"w": model["w"] * data["sms.mask"], "b": model["b"]} for model in models]
+    given = [{"w_orig": m["w"], "w_mask": data["sms.mask"].clone(), "b": m["b"]} for m in models] if stored else masked
+    tried: list[float] = []
+
+    def evaluator(state: State) -> float:
+        w = state["w_orig"] * state["w_mask"] if stored else state["w"]
+        tried.append(accuracy({"w": w, "b": state["b"]}))
+        return tried[-1]
+
+    options: dict[str, Any] = {"greedy": greedy}
+    recipe, record = resolve(
+        mg.simple_recipe(given, method="sparse_soup", options=options), evaluator if greedy else None
+    )
+    merged = mg.to_memory(mg.make_plan(recipe))
+    case = "greedy" if greedy else "uniform"
+    names = (
+        {f"w_{part}": f"sms.{case}.w_{part}" for part in ("orig", "mask")} if stored else {"w": f"sms.{case}.w_orig"}
+    )
+    assert_close(merged, {own: data[name] for own, name in {**names, "b": f"sms.{case}.b"}.items()}, 1e-12)
+    if greedy:
+        assert tried[:6] == data["sms.individual_acc"].tolist()
+        selected = json.loads((ROOT / "curvature/soups/toy.json").read_text())["sms_selected"]
+        kept = [step["model"] for step in record["steps"] if step["kept"]]
+        assert kept == [f"models[{index}]" for index in selected[1:]]
+
+
 def test_the_average_is_the_uniform_soup(golden: Load) -> None:
     models, _, data = toy(golden)
     assert_close(mg.merge(models, method="average"), {k: data[f"uniform.{k}"] for k in ("w", "b")}, 1e-12)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from merganser.methods._base import About
+from merganser.methods._base import About, Method
 from merganser.methods._options import option
 from merganser.methods._search import Choice, Search, Trials
 from merganser.methods.average import Average
 
-__all__ = ["GreedySoup"]
+__all__ = ["GreedySoup", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,25 @@ class GreedySoup(Search, name="greedy_soup"):
 
     def search(self, trials: Trials) -> Choice:
         """Score every model alone, then add greedily."""
-        average = Average(scale=self.scale)
-        alone = [trials.score(average, members=[index]) for index in range(trials.models)]
-        indices = range(trials.models)
-        order = sorted(reversed(indices) if self.strict else indices, key=lambda index: -alone[index])
-        members, best = [order[0]], alone[order[0]]
-        steps = []
-        for index in order[1:]:
-            score = trials.score(average, members=[*members, index])
-            kept = score > best if self.strict else score >= best
-            steps.append({"model": trials.labels[index], "score": score, "best": best, "kept": kept})
-            if kept:
-                members.append(index)
-                best = score
-        record = {"alone": dict(zip(trials.labels, alone, strict=True)), "steps": steps, "score": best}
-        return Choice(average, (1.0,) * len(members), tuple(members), record)
+        return greedy(trials, Average(scale=self.scale), strict=self.strict)
+
+
+def greedy(trials: Trials, average: Method, *, strict: bool) -> Choice:
+    """Add models to an average, best first, while the score rises (`strict`), or does not fall.
+
+    Models of equal score come in the reverse of their order if `strict`, else in their order.
+    """
+    alone = [trials.score(average, members=[index]) for index in range(trials.models)]
+    indices = range(trials.models)
+    order = sorted(reversed(indices) if strict else indices, key=lambda index: -alone[index])
+    members, best = [order[0]], alone[order[0]]
+    steps = []
+    for index in order[1:]:
+        score = trials.score(average, members=[*members, index])
+        kept = score > best if strict else score >= best
+        steps.append({"model": trials.labels[index], "score": score, "best": best, "kept": kept})
+        if kept:
+            members.append(index)
+            best = score
+    record = {"alone": dict(zip(trials.labels, alone, strict=True)), "steps": steps, "score": best}
+    return Choice(average, (1.0,) * len(members), tuple(members), record)

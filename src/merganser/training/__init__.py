@@ -1,7 +1,8 @@
-"""What happens while models are trained so that they merge well."""
+"""What happens while models are trained so that they merge well, and what a merged model needs before it is used."""
 
 from merganser.training._adamr import AdamR
+from merganser.training._batch_norm import update_batch_norm
 from merganser.training._graft import train_graft_mask
 from merganser.training._pull import AdapterPull
 
-__all__ = ["AdamR", "AdapterPull", "train_graft_mask"]
+__all__ = ["AdamR", "AdapterPull", "train_graft_mask", "update_batch_norm"]
