@@ -15,7 +15,7 @@ from merganser._version import __version__
 if TYPE_CHECKING:
     from merganser.blocks import BlockSpec, Role
     from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
-    from merganser.engine import Plan, execute, make_plan, merge, save, to_memory
+    from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
     from merganser.errors import MerganserError
     from merganser.methods import Method, create_method
     from merganser.recipe import Recipe, load_recipe, simple_recipe
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "blocks": ("BlockSpec", "Role"),
     "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
-    "engine": ("Plan", "execute", "make_plan", "merge", "save", "to_memory"),
+    "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
     "methods": ("Method", "create_method"),
     "recipe": ("Recipe", "load_recipe", "simple_recipe"),
@@ -47,6 +47,7 @@ __all__ = [
     "execute",
     "load_recipe",
     "make_plan",
+    "map_front",
     "merge",
     "open_checkpoint",
     "save",

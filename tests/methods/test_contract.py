@@ -86,6 +86,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "learned_soup": [{"by": "layer", "steps": 3, "weights": [0.5, 0.25]}, {"by": "global", "lr": 0.2}],
     "sparse_soup": [{"greedy": True}, {"masks": "union", "weights": [0.5, 0.25]}],
+    "map": [{"samples": 8, "rounds": 1, "round_points": 3, "front": "nsga3", "generations": 5, "weights": [0.5, 2]}],
     "fisher": [{"normalize": False, "floor_on": "target", "floor": 1e-3}],
     "nuslerp": [
         {"weights": [0.3, 0.7], "scale": 0.5},
