@@ -148,7 +148,7 @@ def _train(task: Task, base: Path, folder: Path, made_with: str, settings: Setti
     seconds = time.perf_counter() - start
     with written_whole(folder) as draft:
         encoder.save_pretrained(draft / "encoder")
-        tokenizer.save_pretrained(draft / "encoder")
+        load_tokenizer(base).save_pretrained(draft / "encoder")  # the one in use was told where to cut texts
         save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, draft / "head.safetensors")
         digest = weights_digest(draft / "encoder")
         meta = {"key": made_with, "task": task.name, "labels": task.labels, "source": task.source, "seconds": seconds}
