@@ -7,22 +7,33 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from examples.demo import merges
-from examples.demo.evaluation import Model, evaluate
+from examples.demo.evaluation import Model, Outcomes, evaluate
 from examples.demo.experts import Expert
 from examples.demo.merges import Cost, Merge
 from examples.demo.store import key, read_json, weights_digest, write_json
 from examples.demo.table import Row
 from examples.demo.tasks import Task
+from examples.demo.tuning import Candidate, Choice, choose, kept, total
 
 AT_ONCE = 4
-"""Merges whose weights are on the disk at once, to be evaluated side by side."""
+"""Merges whose weights (all those tried, for a tuned one) are on the disk at once, to be evaluated side by side."""
 PATIENCE = 5.0
 """Seconds: a merge that once took longer is not made again, its cost and outcomes are read from the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A merged encoder that is to be a row of the table, its cost, and how it was chosen, where it was."""
+
+    label: str
+    model: Model
+    cost: Cost
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +79,43 @@ class Comparison:
         for first in range(0, len(wanted), AT_ONCE):
             group = [merge for merge in wanted[first : first + AT_ONCE] if not self._is_kept(merge)]
             with tempfile.TemporaryDirectory(prefix="merge-", dir=self.cache) as folder:
-                models = [self._model(merge, Path(folder)) for merge in group]
-                costs = [self._make(merge, model) for merge, model in zip(group, models, strict=True)]
-                found = evaluate(models, self.cache, self.pool)
-                for merge, model, cost, outcomes in zip(group, models, costs, found, strict=True):
-                    row = {"label": merge.label, "weights": weights_digest(model.folder), "outcomes": outcomes}
-                    write_json(self._record(merge), row | asdict(cost))
-        return [self._row(merge) for merge in wanted]
+                made = [self._make(merge, Path(folder)) for merge in group]
+                found = iter(evaluate([entry.model for entries in made for entry in entries], self.cache, self.pool))
+                for merge, entries in zip(group, made, strict=True):
+                    rows = [_row(entry, merge.kind, next(found)) for entry in entries]
+                    write_json(self._record(merge), [asdict(row) for row in rows])
+        return [row for merge in wanted for row in self._rows(merge)]
 
-    def _row(self, merge: Merge) -> Row:
-        record = read_json(self._record(merge))
-        cost = Cost(record["seconds"], record["peak_mb"])
-        return Row(merge.label, merge.kind, record["outcomes"], cost, record["weights"])
+    def _rows(self, merge: Merge) -> list[Row]:
+        """The rows of a merge that the cache has."""
+        return [
+            Row(**record | {"cost": Cost(**record["cost"]), "choice": record["choice"] and Choice(**record["choice"])})
+            for record in read_json(self._record(merge)) or ()
+        ]
 
-    def _make(self, merge: Merge, model: Model) -> Cost:
+    def _make(self, merge: Merge, folder: Path) -> list[Entry]:
+        """Makes a merge; where there are options to try, all of them, and chooses a second entry on validation data."""
+        if not merge.tries:
+            model = self._model(merge, folder)
+            return [Entry(merge.label, model, self._run(merge, model))]
+        tried: list[Candidate] = []
+        costs = []
+        for number, options in enumerate(merge.tries, 1):
+            label = f"{merge.label}, solve {number} of {len(merge.tries)}"
+            solve = replace(merge, label=label, options={**merge.options, **options}, tries=())
+            model = self._model(solve, folder)
+            costs.append(self._run(solve, model))
+            tried += kept(options, model)
+        found = evaluate([candidate.model for candidate in tried], self.cache, self.pool, "validation")
+        choice = choose(tried, found, untuned=len(merge.tries[0]["keep"]) - 1)
+        self.say(f"{merge.label}: best of {len(tried)} on validation data: {choice.named(choice.best)}")
+        label = f"{merge.label}, tuned on {choice.labels} labels per task"
+        return [
+            Entry(merge.label, tried[choice.untuned].model, costs[0]),
+            Entry(label, tried[choice.best].model, total(costs), choice),
+        ]
+
+    def _run(self, merge: Merge, model: Model) -> Cost:
         files = [self.statistics[expert.task] for expert in model.experts]
         cost = merges.run(merge, [expert.encoder for expert in model.experts], files, self.base, model.folder)
         self.say(f"{merge.label}: merged {len(model.experts)} experts in {cost.seconds:.1f} s")
@@ -94,19 +128,23 @@ class Comparison:
         return Model(folder / key(merge.label), [task for task in self.tasks if task.name in names], joined)
 
     def _is_kept(self, merge: Merge) -> bool:
-        """Whether to take a merge's row from the cache."""
-        record = read_json(self._record(merge))
-        if record is None or record["seconds"] < PATIENCE:
+        """Whether to take a merge's rows from the cache."""
+        seconds = max((row.cost.seconds for row in self._rows(merge) if row.cost), default=0.0)
+        if seconds < PATIENCE:
             return False
-        self.say(f"{merge.label}: from an earlier run, which took {record['seconds']:.0f} s to merge")
+        self.say(f"{merge.label}: from an earlier run, which took {seconds:.0f} s to merge")
         return True
 
     def _record(self, merge: Merge) -> Path:
-        """Where a merge's row is kept: a name that changes with all it depends on."""
+        """Where a merge's rows are kept: a name that changes with all it depends on."""
         model = self._model(merge, Path())
         inputs = [expert.digest for expert in model.experts], [task.digest for task in model.tasks]
         name = key(repr(merge), inputs, weights_digest(self.base), _library_digest())
         return self.cache / "merges" / f"{name}.json"
+
+
+def _row(entry: Entry, kind: str, outcomes: Outcomes) -> Row:
+    return Row(entry.label, kind, outcomes, entry.cost, weights_digest(entry.model.folder), entry.choice)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from examples.demo.encoder import load_encoder, load_tokenizer, predictions, tokenize
 from examples.demo.experts import Expert
@@ -16,8 +17,11 @@ from examples.demo.tasks import Task
 Z = 1.959964
 """The normal quantile of a 95 % interval."""
 
+Part = Literal["test", "validation"]
+"""The split of a task to evaluate on."""
+
 Outcomes = Mapping[str, Sequence[bool]]
-"""For each task, whether each item of its test split was labelled rightly."""
+"""For each task, whether each item of one of its splits was labelled rightly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,8 @@ class Model:
     experts: Sequence[Expert]
 
 
-def evaluate(models: Sequence[Model], cache: Path, pool: Executor) -> list[dict[str, list[bool]]]:
-    """Labels the test split of every model's tasks.
+def evaluate(models: Sequence[Model], cache: Path, pool: Executor, split: Part = "test") -> list[dict[str, list[bool]]]:
+    """Labels a split of every model's tasks.
 
     Results are kept under a digest of the weights, the data and the head: the same weights are never evaluated twice.
 
@@ -38,37 +42,41 @@ def evaluate(models: Sequence[Model], cache: Path, pool: Executor) -> list[dict[
         models: The encoders to evaluate.
         cache: The demo's cache folder.
         pool: The processes to do it in.
+        split: Which items to label.
 
     Returns:
-        For each model, for each of its tasks, whether each test item was labelled rightly.
+        For each model, for each of its tasks, whether each item was labelled rightly.
     """
-    files = [_files(model, cache / "evaluations") for model in models]
-    runs = {}
+    files = [_files(model, cache / "evaluations", split) for model in models]
+    runs, begun = {}, set[Path]()
     for model, places in zip(models, files, strict=True):
+        wanted = {task for task, place in places.items() if not (place.is_file() or place in begun)}
         pairs = zip(model.tasks, model.experts, strict=True)
-        missing = [(task, expert) for task, expert in pairs if not places[task.name].is_file()]
+        missing = [(task, expert) for task, expert in pairs if task.name in wanted]
         if missing:
-            runs[pool.submit(_label, model.folder, missing)] = places
+            runs[pool.submit(_label, model.folder, missing, split)] = places
+            begun.update(places.values())
     for done in as_completed(runs):
         for task, right in done.result().items():
             write_json(runs[done][task], right)
     return [{task: read_json(place) for task, place in places.items()} for places in files]
 
 
-def _files(model: Model, folder: Path) -> dict[str, Path]:
+def _files(model: Model, folder: Path, split: Part) -> dict[str, Path]:
     """Where each task's outcomes belong."""
     weights = weights_digest(model.folder)
     pairs = zip(model.tasks, model.experts, strict=True)
-    return {task.name: folder / f"{weights}-{key(task.digest, expert.digest)}.json" for task, expert in pairs}
+    return {task.name: folder / f"{weights}-{key(task.digest, expert.digest, split)}.json" for task, expert in pairs}
 
 
-def _label(folder: Path, pairs: Sequence[tuple[Task, Expert]]) -> dict[str, list[bool]]:
-    """Runs in a worker process: loads the encoder once, and labels the test items of each task."""
+def _label(folder: Path, pairs: Sequence[tuple[Task, Expert]], split: Part) -> dict[str, list[bool]]:
+    """Runs in a worker process: loads the encoder once, and labels the items of each task's split."""
     encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
     right = {}
     for task, expert in pairs:
-        labels = predictions(encoder, expert.load_head(), tokenize(tokenizer, task.test.texts))
-        right[task.name] = [label == target for label, target in zip(labels, task.test.targets, strict=True)]
+        items = task.validation if split == "validation" else task.test
+        labels = predictions(encoder, expert.load_head(), tokenize(tokenizer, items.texts))
+        right[task.name] = [label == target for label, target in zip(labels, items.targets, strict=True)]
     return right
 
 

@@ -21,7 +21,9 @@ PAIR = ("library", "diagnosis")
 class Merge:
     """A row of the table: a method of the library, its options, and the experts to merge (all of them by default).
 
-    With `measured`, the method is given the experts' statistics.
+    With `measured`, the method is given the experts' statistics. `tries` are for a second row: options to try on
+    validation data, a dictionary for each solve, with the iterations to `keep`. The last merge of the first must be
+    that of the first row, so that it is made only once.
     """
 
     label: str
@@ -31,12 +33,16 @@ class Merge:
     base: bool = True
     measured: bool = False
     command_line: bool = False
+    tries: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def kind(self) -> str:
         """Whether it joins all experts or some."""
         return "pair" if self.experts else "merge"
 
+
+TRIES = ({"damping": 0.1, "keep": (1, 5, 15)}, {"damping": 0.3, "keep": (1, 5)})
+"""What is tried for a tuned row of MaTS. A damping of 0.1 and 15 iterations are its defaults."""
 
 MERGES: tuple[Merge, ...] = (
     Merge("average", "average", base=False),
@@ -50,12 +56,12 @@ MERGES: tuple[Merge, ...] = (
     Merge("TACT 0.5", "tact"),
     Merge("Fisher", "fisher", measured=True, base=False),
     Merge("RegMean 0.9", "regmean", measured=True, base=False),
-    Merge("MaTS, inputs alone", "mats", {"objective": "gram"}, measured=True),
-    Merge("MaTS", "mats", measured=True),
+    Merge("MaTS, inputs alone", "mats", {"objective": "gram"}, measured=True, tries=TRIES),
+    Merge("MaTS", "mats", measured=True, tries=TRIES),
     Merge("average of two", "average", experts=PAIR, base=False),
     Merge("slerp of two", "slerp", {"t": 0.5}, experts=PAIR, base=False),
 )
-"""Every merge the demo makes. Options are fixed beforehand: nothing is tuned on the test items."""
+"""Every merge the demo makes. Options, and those to try, are fixed beforehand: nothing is tuned on the test items."""
 
 
 @dataclass(frozen=True, slots=True)

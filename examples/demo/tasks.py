@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 SIZES: Mapping[str, int] = {"test": 500, "validation": 200, "statistics": 200, "train": 3000}
-"""Items per split. `statistics` is for methods that look at inputs (Fisher, RegMean, MaTS): no expert trains on it."""
+"""Items per split. `statistics` is for methods that look at inputs (Fisher, RegMean, MaTS), `validation` for choosing
+options: no expert trains on them."""
 
 SHARES: Mapping[str, float] = {"test": 0.20, "validation": 0.08, "statistics": 0.08, "train": 0.64}
 """The share of the groups that each split may draw from."""
