@@ -7,7 +7,8 @@ ordinary backward pass of one example, and the loop is used where they differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
 from merganser._torch import torch
@@ -17,7 +18,15 @@ from merganser.statistics._layout import Layout, parameter_names
 from merganser.statistics._losses import Objective
 from merganser.statistics._tape import Call, Tape, version_of
 
-__all__ = ["HookGradients", "NotPerExampleError", "Sink", "hooks_are_exact", "lookahead", "loop_gradients"]
+__all__ = [
+    "Comparison",
+    "HookGradients",
+    "NotPerExampleError",
+    "Sink",
+    "hooks_are_exact",
+    "lookahead",
+    "loop_gradients",
+]
 
 CHUNK = 1 << 22
 """Elements of per-example gradients that are formed at a time."""
@@ -177,10 +186,46 @@ class _First:
 
     def __call__(self, name: str, start: int, gradients: torch.Tensor, index: int | None = None) -> None:
         if start == 0 and name not in self.found:
-            self.found[name] = gradients[0].detach().clone()
+            self.found[name] = gradients[0].detach()
 
     def sparse(self, name: str) -> None:
         """Dense gradients, please."""
+
+
+class Comparison:
+    """Compares the first example's gradients with the true ones as they arrive, and keeps neither.
+
+    They agree up to rounding; gradients that are nothing but rounding (key biases) are measured by the largest.
+    """
+
+    def __init__(self, truth: dict[str, torch.Tensor]) -> None:
+        self._truth = truth
+        self._norms = {name: _norm(g) for name, g in truth.items()}
+        self._largest = max(self._norms.values(), default=0.0)
+        self._agree = True
+
+    def __call__(self, name: str, start: int, gradients: torch.Tensor, index: int | None = None) -> None:
+        if start == 0 and name in self._truth:
+            truth = self._truth.pop(name)
+            self._judge(name, truth.dtype, _norm(gradients[0].detach() - truth))
+
+    def sparse(self, name: str) -> None:
+        """Dense gradients, please."""
+
+    def agree(self) -> bool:
+        """Whether all agreed; those that never arrived count as zero."""
+        for name, truth in self._truth.items():
+            self._judge(name, truth.dtype, self._norms[name])
+        return self._agree
+
+    def _judge(self, name: str, dtype: torch.dtype, difference: float) -> None:
+        tolerance = 1e-2 if torch.finfo(dtype).eps < 1e-5 else 0.25
+        self._agree &= not difference > tolerance * (self._norms[name] + 1e-3 * self._largest)
+
+
+def _norm(g: torch.Tensor) -> float:
+    """The Euclidean norm in float64, without a copy of the whole in that type."""
+    return math.hypot(*(float(part.double().norm()) for part in torch.split(g.reshape(-1), CHUNK)))
 
 
 def hooks_are_exact(
@@ -191,11 +236,13 @@ def hooks_are_exact(
     They do not where a weight is also used outside its module, where a module mixes the examples, or where the first
     dimension of an activation is not that of the examples.
 
-    Complexity: one forward and backward pass of the batch, and one of an example.
+    Complexity: one forward and backward pass of the batch, and one of an example. Memory: the gradients of an example.
     """
     if layout.orphans:
         return False
-    ours, truth = _First(), _First()
+    truth = _First()
+    loop_gradients(model, call, _FirstPass(objective), batch.only(0), wanted, truth)
+    ours = Comparison(truth.found)
     hooks = HookGradients(model, layout, wanted, ours)
     try:
         with Tape(model, hooks.layers, hooks.on_call, hooks.on_gradient, hooks.layers) as tape, torch.enable_grad():
@@ -211,9 +258,7 @@ def hooks_are_exact(
         if "vmap" in str(error) or "functorch" in str(error) or "functional" in str(error):
             return False
         raise
-    first = _FirstPass(objective)
-    loop_gradients(model, call, first, batch.only(0), wanted, truth)
-    return _agree(ours.found, truth.found)
+    return ours.agree()
 
 
 class _FirstPass(Objective):
@@ -224,17 +269,3 @@ class _FirstPass(Objective):
 
     def passes(self, output: object, batch: Batch) -> Iterator[torch.Tensor]:
         yield next(super().passes(output, batch))
-
-
-def _agree(ours: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> bool:
-    """Agreement up to rounding; gradients that are nothing but rounding (key biases) are measured by the largest."""
-    norms = {name: float(g.double().norm()) for name, g in truth.items()}
-    largest = max(norms.values(), default=0.0)
-    for name, g in truth.items():
-        eps = torch.finfo(g.dtype).eps
-        tolerance = 1e-2 if eps < 1e-5 else 0.25
-        mine = ours.get(name)
-        difference = norms[name] if mine is None else float((mine.double() - g.double()).norm())
-        if difference > tolerance * (norms[name] + 1e-3 * largest):
-            return False
-    return True
