@@ -16,7 +16,7 @@ from benchmarks.lm_family.family import Expert
 from benchmarks.lm_family.measuring import Measured
 from benchmarks.lm_family.scores import Scores, mean_loss, score
 
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.4)
 """Scales of task arithmetic to choose from by the validation parts."""
 
 MERGES: tuple[tuple[Merge, str], ...] = (
