@@ -45,9 +45,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--books", nargs="+", default=["moby_dick", "pride_and_prejudice", "tinyshakespeare"])
     parser.add_argument("--layers", type=int, default=defaults.layers, help="blocks that are fine-tuned, from the last")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="of fine-tuning")
-    parser.add_argument("--windows", type=int, default=8, help="test windows per book")
+    parser.add_argument("--windows", type=int, default=6, help="test windows per book")
     parser.add_argument("--validation", type=int, default=4, help="validation windows per book")
     parser.add_argument("--statistics", type=int, default=12, help="windows per book for statistics")
+    parser.add_argument("--labels", nargs="+", choices=list(KINDS), default=list(KINDS), help="of the statistics")
     parser.add_argument("--paper", action="store_true", help="also MaTS with the paper's 100 iterations (long)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -69,11 +70,12 @@ def main() -> None:
     patterns = trained_patterns(base, settings.layers)
     statistics = {
         estimator: measure(experts, estimator, patterns, options.statistics, settings.length, CACHE, say)
-        for estimator in KINDS
+        for estimator in options.labels
     }
     workshop = Workshop(experts, statistics, base, options.windows, options.validation, settings.length, CACHE, say)
     rows = workshop.references()
-    rows += [workshop.row(merge, estimator) for merge, estimator in (*MERGES, *((PAPER,) if options.paper else ()))]
+    wanted = (*MERGES, PAPER) if options.paper else MERGES
+    rows += [workshop.row(merge, labels) for merge, labels in wanted if not labels or labels in statistics]
     rows.append(workshop.tuned())
     print(
         f"torch {torch.__version__}, transformers {version('transformers')}, {platform.machine()}, "
