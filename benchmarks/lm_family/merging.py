@@ -75,13 +75,14 @@ class Workshop:
     say: Callable[[str], None]
 
     def references(self) -> list[Row]:
-        """The base and every expert on all books."""
+        """The base and every expert on all books, and every book's score by its own expert."""
         folders = {"base": self.base} | {f"fine-tuned on {e.book.name}": e.folder for e in self.experts}
         rows = []
         for label, folder in folders.items():
             rows.append(Row(label, "base" if folder == self.base else "expert", self._score(folder, "test")))
             self.say(f"{label}: {mean_loss(rows[-1].scores):.4f}")
-        return rows
+        own = {e.book.name: row.scores[e.book.name] for e, row in zip(self.experts, rows[1:], strict=True)}
+        return [*rows, Row("fine-tuned, each on its own book", "experts", own)]
 
     def row(self, merge: Merge, estimator: str) -> Row:
         """Makes and scores a merge."""
