@@ -10,6 +10,7 @@ import torch
 
 import merganser as mg
 from merganser.errors import MerganserError
+from merganser.operators._exact import smallest_eigenvalue
 from merganser.statistics import Statistics
 
 State = dict[str, torch.Tensor]
@@ -188,3 +189,40 @@ def test_all_of_ace(sizes: tuple[float, ...]) -> None:
         u, s, vh = torch.linalg.svd(fused, full_matrices=False)
         expected = expected + s[:1].mean() * u[:, :1] @ vh[:1]
     torch.testing.assert_close(merged[NAME] - BASE[NAME], expected, rtol=1e-7, atol=1e-9)
+
+
+# --- nearly singular systems -----------------------------------------------------------------------------------------
+
+
+def test_directions_of_rounding_are_left_out() -> None:
+    """Task vectors that have together just as many rows as columns, some of them nearly dependent."""
+    g = torch.Generator().manual_seed(0)
+    base = {NAME: torch.randn(12, 36, generator=g)}
+    scales = torch.logspace(0, -5, 36)
+    models = [{NAME: base[NAME] + torch.randn(12, 36, generator=g) * scales} for _ in range(3)]
+    wide = [{NAME: m[NAME].double()} for m in (base, *models)]
+    t = [m[NAME] - wide[0][NAME] for m in wide[1:]]
+    gram = sum(v.T @ v for v in t) + torch.zeros(())
+    target = sum(v @ v.T @ v for v in t) + torch.zeros(())
+    for dtype, states in ((torch.float32, [base, *models]), (torch.float64, wide)):
+        expected = target @ torch.linalg.pinv(gram, hermitian=True, rtol=36 * torch.finfo(dtype).eps)
+        merged = mg.merge(states[1:], base=states[0], method="actmat")[NAME] - states[0][NAME]
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-6
+        torch.testing.assert_close(merged.double(), expected, rtol=tolerance, atol=tolerance)
+    for method in ("actmat", "tact", "ace", "wudi"):
+        single, double = (
+            mg.merge(states[1:], base=states[0], method=method)[NAME] - states[0][NAME]
+            for states in ([base, *models], wide)
+        )
+        assert float(single.norm()) < 0.1 * float(double.norm()), method
+
+
+@pytest.mark.parametrize("smallest", [1e-9, 1e-4, 0.3])
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_the_smallest_eigenvalue_is_estimated(size: int, smallest: float) -> None:
+    g = torch.Generator().manual_seed(size)
+    q, _ = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
+    values = torch.logspace(0, float(torch.tensor(smallest).log10()), size, dtype=torch.float64)
+    values[-1] = smallest
+    found = smallest_eigenvalue(torch.linalg.cholesky(q @ values.diag() @ q.T))
+    assert smallest * (1 - 1e-6) <= found <= 1.5 * smallest

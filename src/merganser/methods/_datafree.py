@@ -11,8 +11,48 @@ from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
 from merganser.methods._base import Method, State, check_normalisable
 from merganser.methods._block import Block
+from merganser.operators import solve_psd
+from merganser.solvers import Status
 
-__all__ = ["MatrixMethod", "mean_delta"]
+__all__ = ["MatrixMethod", "mean_delta", "regress"]
+
+
+def regress(
+    block: Block,
+    vectors: Sequence[torch.Tensor],
+    metrics: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    start: torch.Tensor | None = None,
+    ridge: float = 0.0,
+) -> torch.Tensor:
+    """``T = S + (sum_i w_i (t_i - S) C_i) (sum_i w_i C_i + r I)^+`` with ``C_i`` ``[in, in]`` and S zeros by default.
+
+    Directions count as unseen, and keep S, where the eigenvalue of the sum is less than in times the precision of the
+    compute type of the largest. That is the pseudo-inverse in that type: where the task vectors together have just
+    enough rows to determine T (key and value projections with few heads), exact solutions are made of noise alone.
+
+    Args:
+        block: the matrix's block, for the compute type and the report.
+        vectors: the task vectors, in float64.
+        metrics: the C_i, in float64.
+        weights: the w_i.
+        start: S.
+        ridge: r, relative to the mean eigenvalue.
+    """
+    system, target = torch.zeros_like(metrics[0]), torch.zeros_like(vectors[0])
+    for vector, metric, weight in zip(vectors, metrics, weights, strict=True):
+        system.add_(metric, alpha=weight)
+        target.addmm_(vector if start is None else vector - start, metric, alpha=weight)
+    shifted = system.clone()
+    shifted.diagonal().add_(ridge * system.diagonal().mean())
+    size = len(system)
+    x, rank = solve_psd(shifted, target.mT, cutoff=size * torch.finfo(block.base.dtype).eps)
+    x = x.mT.contiguous()
+    left, unit = float((target - x @ shifted).norm()), float(target.norm())
+    status = Status.EXACT if rank == size else Status.SINGULAR
+    block.report(status=status.value, rank=rank, ridge=ridge, residual=left / unit if unit else 0.0)
+    return x if start is None else x.add_(start)
 
 
 def mean_delta(block: Block) -> torch.Tensor:

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._datafree import MatrixMethod
-from merganser.methods._matching import report
+from merganser.methods._datafree import MatrixMethod, regress
 from merganser.methods._options import option
-from merganser.operators import Gram, normal_equations
-from merganser.solvers import Direct
 
 __all__ = ["Ace"]
 
@@ -60,10 +57,7 @@ class Ace(MatrixMethod, name="ace"):
         covariances = [c.mT @ c for c in centred]
         if self.variant == "full":
             return self._full(block, vectors, centred, covariances)
-        system = normal_equations([Gram(c, len(vectors[0])) for c in covariances], vectors, block.weights)
-        solution = Direct().solve(system.operator, system.b, x0=system.x0, r0=system.r0)
-        report(block, solution)
-        return solution.x
+        return regress(block, vectors, covariances, block.weights)
 
     def _full(
         self,

@@ -8,7 +8,6 @@ from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._options import option
 from merganser.methods.actmat import ActMat
-from merganser.operators import Gram
 
 __all__ = ["Tact"]
 
@@ -31,11 +30,11 @@ class Tact(ActMat, name="tact"):
         work=10,
     )
 
-    def _metric(self, vector: torch.Tensor) -> Gram:
+    def _metric(self, vector: torch.Tensor) -> torch.Tensor:
         """``s' s``."""
         dropped = int(vector.numel() * (1 - self.keep))
         kept = vector.clone()
         if dropped:
             order = vector.abs().view(-1).argsort(stable=True)
             kept.view(-1)[order[:dropped]] = 0
-        return Gram(kept.mT @ kept, len(vector))
+        return kept.mT @ kept

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._datafree import MatrixMethod
-from merganser.methods._matching import report
+from merganser.methods._datafree import MatrixMethod, regress
 from merganser.methods._options import option
-from merganser.operators import Gram, normal_equations
-from merganser.solvers import Direct
 
 __all__ = ["Wudi"]
 
@@ -58,15 +55,17 @@ class Wudi(MatrixMethod, name="wudi"):
         moved = [(v, w / float(v.square().sum())) for v, w in zip(vectors, block.weights, strict=True) if v.any()]
         if not moved:
             return start
-        metrics = [Gram(vector.mT @ vector, len(vector)) for vector, _ in moved]
-        system = normal_equations(metrics, [v for v, _ in moved], [weight for _, weight in moved], x0=start)
+        changed, weights = [vector for vector, _ in moved], [weight for _, weight in moved]
+        metrics = [vector.mT @ vector for vector in changed]
         if self.solver == "closed":
-            solution = Direct(ridge=self.ridge).solve(system.operator, system.b, x0=system.x0, r0=system.r0)
-            report(block, solution)
-            return solution.x
+            return regress(block, changed, metrics, weights, start=start, ridge=self.ridge)
+        system, target = torch.zeros_like(metrics[0]), torch.zeros_like(start)
+        for vector, metric, weight in zip(changed, metrics, weights, strict=True):
+            system.add_(metric, alpha=weight)
+            target.addmm_(vector, metric, alpha=weight)
         mean, square = torch.zeros_like(start), torch.zeros_like(start)
         for step in range(1, self.iterations + 1):
-            gradient = system.operator.matvec(start).sub_(system.b).mul_(2)
+            gradient = (start @ system).sub_(target).mul_(2)
             mean.lerp_(gradient, 1 - _BETAS[0])
             square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
             bias = (1 - _BETAS[1] ** step) ** 0.5

@@ -8,7 +8,7 @@ Operators are immutable, are composed by ``+`` and by multiplication with a numb
 """
 
 from merganser.operators._base import ClosedForm, Operator, stack
-from merganser.operators._exact import rank_tolerance
+from merganser.operators._exact import rank_tolerance, solve_psd
 from merganser.operators._system import System, normal_equations, objective
 from merganser.operators.dense import Dense
 from merganser.operators.diagonal import Diagonal
@@ -32,5 +32,6 @@ __all__ = [
     "normal_equations",
     "objective",
     "rank_tolerance",
+    "solve_psd",
     "stack",
 ]

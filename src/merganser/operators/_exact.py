@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from merganser._torch import torch
 
-__all__ = ["eigenbasis", "rank_tolerance", "solve_psd"]
+__all__ = ["eigenbasis", "rank_tolerance", "smallest_eigenvalue", "solve_psd"]
+
+_STEPS = 8
+_VECTORS = 4
 
 
 def rank_tolerance(dtype: torch.dtype, size: int) -> float:
@@ -34,7 +37,25 @@ def eigenbasis(
     return values * kept, vectors, kept
 
 
-def solve_psd(matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+def smallest_eigenvalue(factor: torch.Tensor) -> float:
+    """An estimate of the smallest eigenvalue of ``L L'``, never too small, by inverse iteration on a few vectors.
+
+    Args:
+        factor: L, lower triangular ``[n, n]``, of a positive definite matrix.
+
+    O(n^2).
+    """
+    size = len(factor)
+    phases = torch.arange(1, size * min(size, _VECTORS) + 1, dtype=factor.dtype, device=factor.device)
+    vectors = torch.sin(phases * phases).view(size, -1)  # any vectors, the same every time
+    for _ in range(_STEPS):
+        vectors = torch.linalg.qr(torch.cholesky_solve(vectors, factor)).Q
+    return float(torch.linalg.svdvals(factor.mT @ vectors)[-1].square())
+
+
+def solve_psd(
+    matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None, *, cutoff: float | None = None
+) -> tuple[torch.Tensor, int]:
     """``M^+ b`` for a symmetric positive semi-definite M ``[n, n]`` and ``b`` ``[n, k]``.
 
     Cholesky where M is safely positive definite, which its pivots tell; otherwise a solve in the range of M, which
@@ -44,6 +65,8 @@ def solve_psd(matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None =
         matrix: M.
         b: right-hand sides in columns.
         dtype: the type of what M was computed from, by default its own.
+        cutoff: the eigenvalue, relative to the largest, below which a direction is left out, instead of
+            `rank_tolerance`. Cholesky is used where an estimate of the smallest eigenvalue is well above it.
 
     Returns:
         The solution in float64, and the rank that was used. O(n^3 + n^2 k).
@@ -51,9 +74,13 @@ def solve_psd(matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None =
     wide = matrix.double()
     factor, failed = torch.linalg.cholesky_ex(wide)
     if not int(failed) and len(wide):
-        pivots = factor.diagonal().square()
-        if bool(pivots.min() > rank_tolerance(dtype or matrix.dtype, len(wide)) * wide.diagonal().max()):
+        limit = rank_tolerance(dtype or matrix.dtype, len(wide)) if cutoff is None else 2 * cutoff
+        lowest = factor.diagonal().square().min() if cutoff is None else smallest_eigenvalue(factor)
+        largest = wide.diagonal().max() if cutoff is None else torch.linalg.matrix_norm(wide, 1)
+        if bool(lowest > limit * largest):
             return torch.cholesky_solve(b.double(), factor), len(wide)
     values, vectors, kept = eigenbasis(matrix, dtype)
+    if cutoff is not None:
+        kept = values > cutoff * values[-1:].clamp(min=0)
     values, vectors = values[kept], vectors[:, kept]
     return vectors @ ((vectors.mT @ b.double()) / values[:, None]), len(values)
