@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
-from merganser.methods._base import Method, State, check_normalisable
 from merganser.methods._block import Block
+from merganser.methods._matrices import MatrixMethod, is_matrix
 from merganser.operators import solve_psd
 from merganser.solvers import Status
 
-__all__ = ["MatrixMethod", "mean_delta", "regress"]
+__all__ = ["Regression", "regress"]
 
 
 def regress(
@@ -55,45 +54,25 @@ def regress(
     return x if start is None else x.add_(start)
 
 
-def mean_delta(block: Block) -> torch.Tensor:
-    """``sum_i w_i t_i / sum_i w_i``, the mean of the task vectors, yours to overwrite."""
-    divisor = math.fsum(block.weights)
-    total = block.delta(0).mul_(block.weights[0] / divisor)
-    for index, weight in enumerate(block.weights[1:], 1):
-        total.add_(block.delta(index, slot=1), alpha=weight / divisor)
-    return total
-
-
 @dataclass(frozen=True)
-class MatrixMethod(Method):
-    """A method that solves for the merged task vector of each matrix, in float64.
+class Regression(MatrixMethod):
+    """A method that solves a linear system for the merged task vector of each matrix that is no embedding."""
 
-    Matrices that are not embeddings; embeddings, norms, biases and convolutions take the mean of the task vectors.
-    """
-
-    scope = "block"
-    needs = frozenset({"base"})
-
-    def check(self, models: int, weights: Sequence[float]) -> None:
-        """The weights must not sum to zero, because tensors that are no matrices are averaged."""
-        super().check(models, weights)
-        check_normalisable(self, weights)
+    def buffers(self, models: int) -> int:
+        """The task vectors of all models, and a sum."""
+        return models + 2
 
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
         """Matrices that are not embeddings."""
-        return len(spec.shape) == 2 and spec.role in (Role.LINEAR, Role.HEAD) and spec.numel > 0
+        return is_matrix(spec) and spec.role in (Role.LINEAR, Role.HEAD)
 
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """Gram matrices of the task vectors and their sum, in float64, and task vectors in float64."""
         return 2 * (models + 3) * spec.shape[1] ** 2 + 2 * (models + 6) * spec.numel
 
-    def merge(self, block: Block, state: State) -> torch.Tensor:
-        """One matrix's solution, or one block of the mean of the task vectors."""
-        if not self.whole(block.spec, frozenset()):
-            return mean_delta(block).mul_(self.scale).add_(block.base)
-        vectors = [delta.view(block.spec.shape).double() for delta in block.deltas()]
-        merged = self.solve(block, vectors).reshape(-1).mul_(self.scale)
-        return merged.to(block.base.dtype).add_(block.base)
+    def merge_matrix(self, block: Block) -> torch.Tensor:
+        """One matrix's solution."""
+        return self.solve(block, [delta.view(block.spec.shape).double() for delta in block.deltas()])
 
     @abstractmethod
     def solve(self, block: Block, vectors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._datafree import MatrixMethod, regress
+from merganser.methods._datafree import Regression, regress
 from merganser.methods._options import option
 
 __all__ = ["Ace"]
@@ -19,7 +19,7 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Ace(MatrixMethod, name="ace"):
+class Ace(Regression, name="ace"):
     """``T = (sum_i w_i t_i C_i) (sum_i w_i C_i)^+`` with C_i the covariance of the rows of ``t_i``.
 
     ``C_i = c_i' c_i``, ``c_i = t_i`` minus the mean of its rows. With ``variant="full"``, as the authors' code has it:

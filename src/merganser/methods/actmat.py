@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._datafree import MatrixMethod, regress
+from merganser.methods._datafree import Regression, regress
 
 __all__ = ["ActMat"]
 
 
 @dataclass(frozen=True)
-class ActMat(MatrixMethod, name="actmat"):
+class ActMat(Regression, name="actmat"):
     """``T = (sum_i w_i t_i C_i) (sum_i w_i C_i)^+`` with ``C_i = t_i' t_i``, ``W = W_0 + scale T``.
 
     Updates by gradients lie in the span of the inputs, so the Gram matrix of the task vector (in x in) stands for that

@@ -8,7 +8,8 @@ from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._spectral import MatrixMethod, matrix_delta, svd_elements, thin_svd
+from merganser.methods._matrices import MatrixMethod
+from merganser.methods._spectral import matrix_delta, svd_elements, thin_svd
 
 __all__ = ["IsoC"]
 

@@ -8,8 +8,9 @@ from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.methods._base import About
 from merganser.methods._block import Block
+from merganser.methods._matrices import MatrixMethod
 from merganser.methods._options import option
-from merganser.methods._spectral import MatrixMethod, Triple, join, matrix_delta, polar, svd_elements, thin_svd
+from merganser.methods._spectral import Triple, join, matrix_delta, polar, svd_elements, thin_svd
 from merganser.operators import rank_tolerance
 
 __all__ = ["IsoCts"]

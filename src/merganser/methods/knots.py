@@ -14,8 +14,9 @@ from merganser.methods._base import About, Method, State
 from merganser.methods._block import Block, BlockKey, Context, TransformedBlock
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
+from merganser.methods._matrices import check_mean, is_matrix, mean_of_rest
 from merganser.methods._options import method_option, option
-from merganser.methods._spectral import check_mean, is_matrix, mean_of_rest, range_basis, thin_svd
+from merganser.methods._spectral import range_basis, thin_svd
 from merganser.methods.ties import Ties
 
 __all__ = ["Knots"]

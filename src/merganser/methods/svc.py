@@ -11,8 +11,9 @@ from merganser.methods._base import About, Method, State
 from merganser.methods._block import Block, Context
 from merganser.methods._compose import AsMerged, Composed
 from merganser.methods._matching import rescaled
+from merganser.methods._matrices import is_matrix
 from merganser.methods._options import method_option, option
-from merganser.methods._spectral import is_matrix, svd_elements, thin_svd
+from merganser.methods._spectral import svd_elements, thin_svd
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.operators import rank_tolerance
 

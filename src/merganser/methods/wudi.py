@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About
 from merganser.methods._block import Block
-from merganser.methods._datafree import MatrixMethod, regress
+from merganser.methods._datafree import Regression, regress
 from merganser.methods._options import option
 
 __all__ = ["Wudi"]
@@ -18,7 +18,7 @@ _EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Wudi(MatrixMethod, name="wudi"):
+class Wudi(Regression, name="wudi"):
     """``T = argmin sum_i w_i ||(T - t_i) t_i'||^2 / ||t_i||^2``, started at ``sum_i w_i t_i``; ``W = W_0 + scale T``.
 
     It is quadratic: the normal equations are ACTMat's with ``C_i = t_i' t_i / ||t_i||^2``. ``solver="closed"`` solves
