@@ -28,9 +28,8 @@ class ActMat(Regression, name="actmat"):
         title="Data-free regression: the Gram matrix of each task vector stands for that of the inputs",
         equation="T = (sum_i t_i t_i' t_i) (sum_i t_i' t_i)^+",
         source="ACTMat / TACT, 2026, arXiv:2604.01329",
-        helps="No data and no tuning: ahead of averages on encoders and vision models.",
-        hurts="Inputs of the tasks are at hand: RegMean and MaTS use them. Key and value projections with few rows, as "
-        "decoders have: the sum of the metrics is nearly singular there.",
+        helps="No data and no tuning: among the best data-free merges of language models.",
+        hurts="Inputs of the tasks are at hand: RegMean and MaTS use them.",
         work=8,
     )
 
