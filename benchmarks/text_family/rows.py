@@ -1,0 +1,147 @@
+"""The rows of the table: merges by the library's methods, and whole paths of plain conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import merganser as mg
+from merganser import Statistics
+from merganser.engine import LocalThreads, available_cores
+from merganser.methods import create_method
+from merganser.methods.mats import MaTS
+from merganser.operators import Kronecker, normal_equations
+from merganser.solvers import CG, EKron
+
+Tensors = dict[str, torch.Tensor]
+
+GOLD, SAMPLED, NOVEL, TOKENS = "gold", "sampled", "novel", "tokens"
+"""Statistics by where inputs and labels come from: the tasks' own, or inputs that have nothing to do with them."""
+
+PLAIN: Mapping[str, Any] = {"normalize": "none", "damping": 0.0, "preconditioner": "none"}
+TRACE: Mapping[str, Any] = {"normalize": "trace", "damping": 0.0, "preconditioner": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A merge: a method, its options, and the statistics it is given, if any.
+
+    Attributes:
+        label: what the table calls it.
+        method: its name in the registry.
+        options: of the method.
+        statistics: which statistics.
+        path: the counts of plain iterations to evaluate, all of one run; then `label` names the first part of the rows.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str | None = None
+    path: tuple[int, ...] = ()
+
+    def labels(self) -> tuple[str, ...]:
+        """What the table calls each of its merges."""
+        return tuple(f"{self.label}, {count} iterations" for count in self.path) or (self.label,)
+
+
+def rows() -> list[Row]:
+    """Every row, without those that are tuned on the validation items."""
+    return [
+        *_without_iterations(),
+        *(ekron(labels, 0.1, iterations) for labels in (GOLD, SAMPLED) for iterations in (1, 5, 15)),
+        Row("MaTS plain, gold", "mats", PLAIN, GOLD, (2, 5, 10, 20, 40, 100)),
+        Row("MaTS plain, sampled", "mats", PLAIN, SAMPLED, (20, 50, 100, 150)),
+        Row("MaTS trace-normalised, gold", "mats", TRACE, GOLD, (2, 5, 10, 20, 40, 100)),
+        ekron(NOVEL, 0.1, 15),
+        ekron(TOKENS, 0.1, 15),
+        Row("MaTS eKron, damping 0.01, gold", "mats", {"damping": 0.01}, GOLD, (1, 5, 15)),
+        Row("MaTS eKron, damping 0.3, sampled", "mats", {"damping": 0.3}, SAMPLED, (1, 15)),
+        Row("MaTS plain, gold, 20 iterations in a merge of its own", "mats", {**PLAIN, "iterations": 20}, GOLD),
+        Row("MaTS eKron, damping 0.1, sampled, until the residual is 1e-5", "mats", {"iterations": 500}, SAMPLED),
+    ]
+
+
+def quick_rows() -> list[Row]:
+    """A row of every sort."""
+    return [
+        *_without_iterations(),
+        Row("MaTS plain, gold", "mats", PLAIN, GOLD, (1, 2)),
+        *(ekron(statistics, 0.1, 1) for statistics in (GOLD, SAMPLED, NOVEL, TOKENS)),
+    ]
+
+
+def _without_iterations() -> list[Row]:
+    return [
+        Row("average", "average"),
+        *task_arithmetic((0.3,)),
+        Row("ACTMat", "actmat"),
+        Row("RegMean, off-diagonal 0.9", "regmean", {"off_diagonal": 0.9}, SAMPLED),
+        Row("RegMean, off-diagonal 1.0", "regmean", {"off_diagonal": 1.0}, SAMPLED),
+        Row("Fisher, gold", "fisher", {}, GOLD),
+    ]
+
+
+def ekron(statistics: str, damping: float, iterations: int) -> Row:
+    """The default solver of MaTS: normalised by the trace, damped, preconditioned."""
+    label = f"MaTS eKron, damping {damping:g}, {statistics}, {iterations} iterations"
+    return Row(label, "mats", {"damping": damping, "iterations": iterations}, statistics)
+
+
+def task_arithmetic(scales: Sequence[float]) -> list[Row]:
+    """One row per scale."""
+    return [Row(f"task arithmetic {scale:g}", "task_arithmetic", {"scale": scale}) for scale in scales]
+
+
+def merged(row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Path]) -> Iterator[tuple[str, Tensors]]:
+    """Makes a row's merges.
+
+    Yields:
+        What the table calls each, and the merged encoder.
+    """
+    if row.path:
+        states = _path(row, models, base, statistics)
+        yield from zip(row.labels(), states, strict=True)
+    else:
+        yield row.label, _merge(row.method, models, base, statistics, row.options)
+
+
+def _merge(
+    method: str, models: Sequence[Path], base: Path, statistics: Sequence[Path], options: Mapping[str, Any]
+) -> Tensors:
+    paths, measured = [str(model) for model in models], [str(file) for file in statistics] or None
+    return dict(mg.merge(paths, base=str(base), method=method, statistics=measured, out=None, **options))
+
+
+def _path(row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Path]) -> list[Tensors]:
+    """The iterates of one run of conjugate gradients per weight, as separate merges would give them."""
+    method = create_method(row.method, {**row.options, "iterations": 0})
+    assert isinstance(method, MaTS)
+    start = _merge(row.method, models, base, statistics, {**row.options, "iterations": 0, "preconditioner": "none"})
+    states = [dict(start) for _ in row.path]
+    measured, weights = [Statistics.load(file) for file in statistics], [_weights(model) for model in models]
+    preconditioner = EKron() if method.preconditioner == "ekron" else None
+    solver = CG(max(row.path), method.tolerance, keep=row.path, preconditioner=preconditioner)
+
+    def solve(name: str) -> Mapping[int, torch.Tensor]:
+        metrics = [Kronecker(found.gram[name], found.output_gram[name]) for found in measured]
+        if method.normalize == "trace":
+            metrics = [metric.normalized() for metric in metrics]
+        metrics = [metric.damped(method.damping) for metric in metrics]
+        system = normal_equations(metrics, [tensors[name] for tensors in weights], x0=start[name])
+        return solver.solve(system.operator, system.b, x0=system.x0, r0=system.r0).iterates
+
+    names = list(measured[0].output_gram)
+    for name, iterates in zip(names, LocalThreads(available_cores()).map(solve, names), strict=True):
+        for state, count in zip(states, row.path, strict=True):
+            state[name] = iterates[count]
+    return states
+
+
+def _weights(model: Path) -> Tensors:
+    return dict(load_file(model / "model.safetensors"))
