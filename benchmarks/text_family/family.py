@@ -28,11 +28,16 @@ _PREFIX = "encoder."
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How every expert is fine-tuned: all weights, AdamW at a constant rate."""
+    """How every expert is fine-tuned: all weights, AdamW at constant rates.
+
+    The head starts from noise. At the encoder's rate it would stay near it, and the encoder would turn its features to
+    a random direction per task: experts as good, but far apart.
+    """
 
     steps: int = 300
     batch: int = 16
     rate: float = 1e-4
+    head_rate: float = 1e-3
     max_tokens: int = MAX_TOKENS
     seed: int = 0
 
@@ -53,7 +58,8 @@ def _train(task: Task, base: Path, folder: Path, settings: Settings) -> float:
     began = time.perf_counter()
     encoder = load_encoder(base)
     head = nn.Linear(encoder.config.hidden_size, task.classes)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=settings.rate, fused=True)
+    groups = [{"params": encoder.parameters()}, {"params": head.parameters(), "lr": settings.head_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.rate, fused=True)
     targets = torch.tensor(task.train.targets)
     encoder.train()
     for batch in islice(batches(task.train.ids, settings.batch, f"{task.name}/{settings.seed}"), settings.steps):
