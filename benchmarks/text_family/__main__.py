@@ -25,7 +25,7 @@ from benchmarks.text_family import report
 from benchmarks.text_family.data import FOLDER, Sizes, Task, novel_paragraphs, random_tokens, read_tasks
 from benchmarks.text_family.family import Say, Settings, fine_tune, measure
 from benchmarks.text_family.results import Bench
-from benchmarks.text_family.rows import GOLD, NOVEL, SAMPLED, TOKENS, quick_rows, rows, task_arithmetic
+from benchmarks.text_family.rows import EXACT, GOLD, NOVEL, SAMPLED, TOKENS, quick_rows, rows, task_arithmetic
 
 CACHE = Path(".cache") / "text_family"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -51,19 +51,13 @@ def main() -> None:
     tasks = read_tasks(options.data, tokenizer, sizes)
     settings = Settings(steps=3) if options.quick else Settings()
     experts = [fine_tune(task, base, CACHE, settings, say) for task in tasks]
-    statistics = {
-        GOLD: _gold(tasks, experts, say),
-        SAMPLED: [
-            measure(expert, task.statistics.ids, None, ("kfac",), CACHE, say)
-            for task, expert in zip(tasks, experts, strict=True)
-        ],
-    }
+    statistics = _statistics(tasks, experts, say)
     inputs = {
         NOVEL: novel_paragraphs(options.data, tokenizer, sizes.statistics),
         TOKENS: random_tokens(tokenizer, sizes.statistics),
     }
     for name, ids in inputs.items():
-        statistics[name] = [measure(expert, ids, None, ("kfac",), CACHE, say) for expert in experts]
+        statistics[name] = [measure(expert, ids, SAMPLED, ("kfac",), CACHE, say) for expert in experts]
     bench = Bench(base, tasks, experts, statistics, CACHE, say)
     results = [*bench.references(), bench.tuned(task_arithmetic(SCALES[:2] if options.quick else SCALES))]
     for row in quick_rows() if options.quick else rows():
@@ -81,11 +75,15 @@ def main() -> None:
     sys.exit(0 if all(verdict["holds"] for verdict in found) else 1)
 
 
-def _gold(tasks: list[Task], experts: list[Expert], say: Say) -> list[Path]:
-    return [
-        measure(expert, task.statistics.ids, task.statistics.targets, ("kfac", "fisher"), CACHE, say)
-        for task, expert in zip(tasks, experts, strict=True)
-    ]
+def _statistics(tasks: list[Task], experts: list[Expert], say: Say) -> dict[str, list[Path]]:
+    """The experts' statistics on their own tasks' inputs, by where the labels come from."""
+    found: dict[str, list[Path]] = {GOLD: [], SAMPLED: [], EXACT: []}
+    for task, expert in zip(tasks, experts, strict=True):
+        ids = task.statistics.ids
+        found[GOLD].append(measure(expert, ids, task.statistics.targets, ("kfac", "fisher"), CACHE, say))
+        for estimator in (SAMPLED, EXACT):
+            found[estimator].append(measure(expert, ids, estimator, ("kfac",), CACHE, say))
+    return found
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _train(task: Task, base: Path, folder: Path, settings: Settings) -> float:
 def measure(
     expert: Expert,
     ids: Sequence[Sequence[int]],
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | str,
     kinds: tuple[str, ...],
     cache: Path,
     say: Say,
@@ -94,19 +94,27 @@ def measure(
     Args:
         expert: the expert.
         ids: the inputs.
-        labels: the given labels; None draws them from the expert.
+        labels: the given labels, or the estimator that takes the expert's own: ``sampled`` or ``exact``.
         kinds: what to measure.
         cache: the benchmark's cache folder.
         say: called with each line of progress.
     """
-    name = key(expert.digest, weights_digest(expert.head.parent), tuple(map(tuple, ids)), labels, kinds, _collector())
+    estimator, given = (labels, None) if isinstance(labels, str) else ("empirical", labels)
+    name = key(
+        expert.digest,
+        weights_digest(expert.head.parent),
+        tuple(map(tuple, ids)),
+        labels,
+        kinds,
+        estimator,
+        _collector(),
+    )
     out = cache / "statistics" / f"{expert.task}-{name}.safetensors"
     if out.exists():
         return out
     began = time.perf_counter()
     classifier = Classifier(load_encoder(expert.encoder), expert.load_head())
-    estimator = "sampled" if labels is None else "empirical"
-    found = collect(classifier, list(_padded(ids, labels)), kinds, estimator=estimator)
+    found = collect(classifier, list(_padded(ids, given)), kinds, estimator=estimator)
     out.parent.mkdir(parents=True, exist_ok=True)
     gram, output_gram, fisher = map(_encoder_only, (found.gram, found.output_gram, found.fisher))
     Statistics(gram=gram, output_gram=output_gram, fisher=fisher).save(out)
