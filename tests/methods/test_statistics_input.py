@@ -240,3 +240,11 @@ def test_statistics_of_another_model_are_refused() -> None:
     with pytest.raises(MerganserError, match="other weights") as caught:
         mg.merge(states, method="regmean", statistics=known[::-1])
     assert (caught.value.code, caught.value.places[0].tensor) == ("E0418", "0.weight")
+
+
+def test_an_option_beside_the_papers_recipe_stands_even_with_its_default_value() -> None:
+    method = mg.create_method("mats", {"recipe": "paper", "iterations": 15, "damping": 0.1})
+    assert (method.iterations, method.damping) == (15, 0.1)  # type: ignore[attr-defined]
+    assert (method.normalize, method.preconditioner) == ("none", "none")  # type: ignore[attr-defined]
+    assert mg.create_method("mats", {"recipe": "paper"}).iterations == 100  # type: ignore[attr-defined]
+    assert mg.create_method("mats", {"recipe": "paper", "keep": (2, 4)}).iterations == 4  # type: ignore[attr-defined]

@@ -98,6 +98,11 @@ class Method(ABC):
         """The options by name; a field that would clash with a method of this class ends in an underscore."""
         return {option_name(field): field for field in dataclasses.fields(cls)}
 
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options that are given by field, and those that they imply."""
+        return given
+
     def requires(self, models: int) -> frozenset[str]:
         """What this method needs with these options and that many models: ``base``, ..."""
         return self.needs

@@ -84,4 +84,4 @@ def create_method(name: str, options: Mapping[str, Any]) -> Method:
                 fix=suggestion(key, known),
             )
         values[known[key].name] = value
-    return cls(**values)
+    return cls(**cls.completed(values))

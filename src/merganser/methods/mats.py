@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
@@ -34,7 +35,12 @@ _KINDS = {
     "lowrank": frozenset({"rows"}),
     "identity": frozenset[str](),
 }
-_PAPER = {"iterations": 100, "normalize": "none", "damping": 0.0, "preconditioner": "none"}
+_PAPER: Mapping[str, Any] = {"iterations": 100, "normalize": "none", "damping": 0.0, "preconditioner": "none"}
+
+
+def _paper(*, keep: bool) -> dict[str, Any]:
+    """The paper's options; `keep` says how many iterations there are."""
+    return {name: value for name, value in _PAPER.items() if name != "iterations" or not keep}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,13 @@ class MaTS(Method, name="mats"):
     default_init = "task_arithmetic"
     base_is_model = False
 
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The paper's values of what is not given, if its recipe is asked for."""
+        if given.get("recipe") != "paper":
+            return given
+        return {**_paper(keep=bool(given.get("keep"))), **{k: v for k, v in given.items() if k != "recipe"}}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep:
@@ -96,8 +109,8 @@ class MaTS(Method, name="mats"):
             object.__setattr__(self, "iterations", self.keep[-1])
         if self.recipe == "paper":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for name, value in _PAPER.items():
-                if (name != "iterations" or not self.keep) and getattr(self, name) == defaults[name]:
+            for name, value in _paper(keep=bool(self.keep)).items():
+                if getattr(self, name) == defaults[name]:
                     object.__setattr__(self, name, value)
 
     def requires(self, models: int) -> frozenset[str]:
