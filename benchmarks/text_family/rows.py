@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 import merganser as mg
-from merganser import Statistics
-from merganser.engine import LocalThreads, available_cores
-from merganser.methods import create_method
-from merganser.methods.mats import MaTS
-from merganser.operators import Kronecker, normal_equations
-from merganser.solvers import CG, EKron
 
 Tensors = dict[str, torch.Tensor]
 
@@ -63,7 +56,6 @@ def rows() -> list[Row]:
         ekron(TOKENS, 0.1, 15),
         Row("MaTS eKron, damping 0.01, gold", "mats", {"damping": 0.01}, GOLD, (1, 5, 15)),
         Row("MaTS eKron, damping 0.3, sampled", "mats", {"damping": 0.3}, SAMPLED, (1, 15)),
-        Row("MaTS plain, gold, 20 iterations in a merge of its own", "mats", {**PLAIN, "iterations": 20}, GOLD),
         ekron(SAMPLED, 0.1, 100),
     ]
 
@@ -106,43 +98,14 @@ def merged(row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Pa
         What the table calls each, and the merged encoder.
     """
     if row.path:
-        states = _path(row, models, base, statistics)
-        yield from zip(row.labels(), states, strict=True)
+        states = _merge(row, {**row.options, "keep": row.path}, models, base, statistics)
+        yield from zip(row.labels(), states.values(), strict=True)
     else:
-        yield row.label, _merge(row.method, models, base, statistics, row.options)
+        yield row.label, _merge(row, row.options, models, base, statistics)
 
 
 def _merge(
-    method: str, models: Sequence[Path], base: Path, statistics: Sequence[Path], options: Mapping[str, Any]
-) -> Tensors:
+    row: Row, options: Mapping[str, Any], models: Sequence[Path], base: Path, statistics: Sequence[Path]
+) -> dict[Any, Any]:
     paths, measured = [str(model) for model in models], [str(file) for file in statistics] or None
-    return dict(mg.merge(paths, base=str(base), method=method, statistics=measured, out=None, **options))
-
-
-def _path(row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Path]) -> list[Tensors]:
-    """The iterates of one run of conjugate gradients per weight, as separate merges would give them."""
-    method = create_method(row.method, {**row.options, "iterations": 0})
-    assert isinstance(method, MaTS)
-    start = _merge(row.method, models, base, statistics, {**row.options, "iterations": 0, "preconditioner": "none"})
-    states = [dict(start) for _ in row.path]
-    measured, weights = [Statistics.load(file) for file in statistics], [_weights(model) for model in models]
-    preconditioner = EKron() if method.preconditioner == "ekron" else None
-    solver = CG(max(row.path), method.tolerance, keep=row.path, preconditioner=preconditioner)
-
-    def solve(name: str) -> Mapping[int, torch.Tensor]:
-        metrics = [Kronecker(found.gram[name], found.output_gram[name]) for found in measured]
-        if method.normalize == "trace":
-            metrics = [metric.normalized() for metric in metrics]
-        metrics = [metric.damped(method.damping) for metric in metrics]
-        system = normal_equations(metrics, [tensors[name] for tensors in weights], x0=start[name])
-        return solver.solve(system.operator, system.b, x0=system.x0, r0=system.r0).iterates
-
-    names = list(measured[0].output_gram)
-    for name, iterates in zip(names, LocalThreads(available_cores()).map(solve, names), strict=True):
-        for state, count in zip(states, row.path, strict=True):
-            state[name] = iterates[count]
-    return states
-
-
-def _weights(model: Path) -> Tensors:
-    return dict(load_file(model / "model.safetensors"))
+    return dict(mg.merge(paths, base=str(base), method=row.method, statistics=measured, out=None, **options))
