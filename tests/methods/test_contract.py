@@ -129,7 +129,7 @@ AVERAGES = [
 
 CASES = [
     (name, options)
-    for name in sorted({cls.name for cls in all_methods().values()})
+    for name in sorted({cls.name for cls in all_methods().values() if "data" not in cls.needs})
     for options in ({}, *VARIANTS.get(name, ()))
 ]
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]

@@ -14,9 +14,10 @@ def method_data(cls: type[Method]) -> dict[str, Any]:
     about = cls.about
     low, high = cls.arity
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
-    kinds = ", ".join(sorted(cls.needs - {"base", "evaluator"}))
+    kinds = ", ".join(sorted(cls.needs - {"base", "data", "evaluator"}))
     needs = [f"{count} model{'' if count == '1' else 's'}", *(("a base",) if "base" in cls.needs else ())]
     needs += ["an evaluator"] if "evaluator" in cls.needs else []
+    needs += ["inputs of every task"] if "data" in cls.needs else []
     needs += ["a base if wanted"] if cls.takes_base else []
     needs += [f"statistics ({kinds})"] if kinds else []
     return {

@@ -13,8 +13,9 @@ from merganser.engine._merge import in_memory, save
 from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, make_plan
 from merganser.engine._search import Evaluator, resolve
+from merganser.engine._sequential import merge_sequentially
 from merganser.errors import Place, RecipeError
-from merganser.methods import Method
+from merganser.methods import Method, Sequential, create_method
 from merganser.recipe import simple_recipe
 
 __all__ = ["merge"]
@@ -39,6 +40,7 @@ def merge(
     evaluator: Evaluator | None = ...,
     onto: str | os.PathLike[str] | None = ...,
     max_memory: int | None = ...,
+    data: Sequence[Any] | None = ...,
     **options: Any,
 ) -> dict[str, torch.Tensor]: ...
 
@@ -60,6 +62,7 @@ def merge(
     evaluator: Evaluator | None = ...,
     onto: str | os.PathLike[str] | None = ...,
     max_memory: int | None = ...,
+    data: Sequence[Any] | None = ...,
     **options: Any,
 ) -> Path: ...
 
@@ -80,6 +83,7 @@ def merge(
     evaluator: Evaluator | None = None,
     onto: str | os.PathLike[str] | None = None,
     max_memory: int | None = None,
+    data: Sequence[Any] | None = None,
     **options: Any,
 ) -> Any:
     """Merge models.
@@ -103,6 +107,8 @@ def merge(
             those of the new models, and the options are the earlier ones if not given.
         max_memory: bytes above the interpreter (and above a result in memory). By default 1 GB with `out`, and
             otherwise as much as the largest tensor needs.
+        data: for methods that merge layer by layer (`regmean_pp`, `output_matching`, `sequential_mats`): for every
+            model the batches of its task, as for `collect`. The models and the base are modules then.
         **options: options of the method, checked at once.
 
     Returns:
@@ -123,6 +129,14 @@ def merge(
         "dtype": None if dtype is None else str(dtype),
         "seed": seed,
     }
+    chosen = create_method(method, options) if isinstance(method, str) else method
+    if isinstance(chosen, Sequential) and data is not None:
+        _refuse_sequential(chosen, init=init, device=device, out=out, evaluator=evaluator, onto=onto)
+        return merge_sequentially(
+            models, data, chosen, base=base, weights=weights, statistics=statistics, dtype=keys["dtype"], seed=seed
+        )
+    if data is not None:
+        raise RecipeError("E0305", f"`{chosen.name}` does not use data", places=Place(key="data"))
     if onto is not None:
         if statistics is not None:
             raise RecipeError(
@@ -144,3 +158,19 @@ def merge(
     if not plan.outputs:
         return several[0]
     return several if plan.one_per_model else dict(zip(plan.outputs, several, strict=True))
+
+
+def _refuse_sequential(method: Sequential, **given: Any) -> None:
+    """Refuse arguments that a merge layer by layer has no use for.
+
+    Raises:
+        RecipeError: E0305.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(
+                "E0305",
+                f"`{method.name}` does not use `{name}`",
+                places=Place(key=name),
+                fix="load the returned state dict into a module, and save that" if name == "out" else "",
+            )

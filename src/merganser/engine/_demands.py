@@ -153,6 +153,13 @@ class Demands:
                 places=Place(file=recipe.file, key="merge_method"),
                 fix="merge with an evaluator (evaluator=, or --eval-cmd)",
             )
+        if "data" in requires:
+            raise RecipeError(
+                "E0308",
+                f"`{method.name}` merges layer by layer, each on inputs of the tasks",
+                places=Place(file=recipe.file, key="merge_method"),
+                fix="in Python: merge([module, ...], base=module, data=[batches of each task], ...)",
+            )
         if "base" in requires and recipe.base is None:
             raise RecipeError(
                 "E0308",

@@ -15,6 +15,7 @@ from merganser.methods._options import (
 )
 from merganser.methods._registry import all_methods, create_method, find_method
 from merganser.methods._search import Choice, Search, Trials
+from merganser.methods._sequential import Sequential, Visit
 
 __all__ = [
     "About",
@@ -26,10 +27,12 @@ __all__ = [
     "Context",
     "Method",
     "Search",
+    "Sequential",
     "Tensors",
     "TransformedBlock",
     "TransformedContext",
     "Trials",
+    "Visit",
     "all_methods",
     "create_method",
     "find_method",

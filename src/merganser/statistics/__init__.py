@@ -7,11 +7,13 @@ from merganser.statistics._losses import ESTIMATORS
 from merganser.statistics._memory import MemoryPlan
 from merganser.statistics._settings import KINDS
 from merganser.statistics._statistics import TABLES, Statistics, check_weights
+from merganser.statistics._walk import LayerWalk
 
 __all__ = [
     "ESTIMATORS",
     "KINDS",
     "TABLES",
+    "LayerWalk",
     "MemoryPlan",
     "Statistics",
     "check_weights",

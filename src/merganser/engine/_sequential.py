@@ -1,0 +1,263 @@
+"""Merging layer by layer: every layer on the inputs that the merged layers before it produce."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merganser._torch import torch
+from merganser.blocks import layer_of
+from merganser.engine._evidence import Evidence, open_evidence
+from merganser.engine._merge import to_memory
+from merganser.engine._plan import make_plan
+from merganser.errors import InputError, NumericError, Place, UsageError
+from merganser.methods import Sequential, Visit
+from merganser.methods.average import Average
+from merganser.recipe import simple_recipe
+from merganser.statistics import LayerWalk, collect
+
+__all__ = ["merge_sequentially"]
+
+
+def merge_sequentially(
+    models: Sequence[Any],
+    data: Sequence[Iterable[Any]],
+    method: Sequential,
+    *,
+    base: Any,
+    weights: Sequence[float] | None = None,
+    statistics: Sequence[Any] | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Merge modules by a method that needs the inputs of the merged layers.
+
+    Args:
+        models: modules of one architecture; they are not changed.
+        data: for each of them batches of its task (no labels are needed).
+        method: how.
+        base: the module that they were fine-tuned from; a copy of it becomes the merged model.
+        weights: one per model.
+        statistics: with K-FAC output factors, one per model, for methods that need them.
+        dtype: of the result; that of the models if None.
+        seed: of sampled labels.
+
+    Raises:
+        UsageError: E0201, something is no module, or not one set of data is given per model.
+        RecipeError: the weights or the method do not fit.
+        InputError: the data or the statistics do not fit, or a layer is never reached.
+        NumericError: E0601, a solution is not finite.
+    """
+    for name, module in (*((f"models[{i}]", model) for i, model in enumerate(models)), ("base", base)):
+        if not isinstance(module, torch.nn.Module):
+            raise UsageError(
+                "E0201",
+                f"`{method.name}` runs the models, so it needs modules; {name} is of type {type(module).__name__}",
+                places=Place(key=name),
+                fix="load it, for example with transformers' from_pretrained",
+            )
+    if isinstance(data, str | bytes | os.PathLike | Mapping) or len(data) != len(models):
+        raise UsageError(
+            "E0201",
+            f"`data` is a list with the batches of every model's task: {len(models)} are needed",
+            places=Place(key="data"),
+        )
+    own = tuple(weights) if weights is not None else (1.0,) * len(models)
+    method.check(len(models), own)
+    mean = to_memory(make_plan(simple_recipe(models, base=base, method=Average(), weights=own, seed=seed)))
+    merged = copy.deepcopy(base)
+    merged.load_state_dict(mean, strict=False)
+    run = _Run(merged, models, data, method, own, seed)
+    evidence = None if statistics is None else [open_evidence(s, f"statistics[{i}]") for i, s in enumerate(statistics)]
+    run.sweep(evidence or run.measured(models) if method.curved else ())
+    for _ in range(method.sweeps - 1):
+        run.sweep(run.measured([merged] * len(models)) if method.curved else ())
+    return _result(mean, merged, base, run.changed, method.scale, dtype)
+
+
+def _result(
+    mean: Mapping[str, torch.Tensor],
+    merged: torch.nn.Module,
+    base: torch.nn.Module,
+    changed: set[str],
+    scale: float,
+    dtype: str | None,
+) -> dict[str, torch.Tensor]:
+    """The merged state dict: ``W_0 + scale (W - W_0)``; integers as they are."""
+    solved, start = merged.state_dict(), base.state_dict()
+    found = {}
+    for name, value in mean.items():
+        tensor = solved[name] if name in changed else value
+        if scale != 1 and tensor.is_floating_point():
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            tensor = torch.lerp(start[name].to(wide), tensor.to(wide), scale).to(tensor.dtype)
+        kind = getattr(torch, dtype.removeprefix("torch.")) if dtype and tensor.is_floating_point() else tensor.dtype
+        found[name] = tensor.detach().to(kind, copy=True)
+    return found
+
+
+class _Run:
+    """The merged model on its way through the layers.
+
+    Attributes:
+        changed: the names of the parameters that were solved for.
+    """
+
+    def __init__(
+        self,
+        merged: torch.nn.Module,
+        models: Sequence[torch.nn.Module],
+        data: Sequence[Iterable[Any]],
+        method: Sequential,
+        weights: Sequence[float],
+        seed: int,
+    ) -> None:
+        self._merged = merged
+        self._models = models
+        self._method = method
+        self._weights = weights
+        self._seed = seed
+        self._walk = LayerWalk(merged)
+        self._walks = [LayerWalk(model) for model in models]
+        self._data = [walk.batches(batches) for walk, batches in zip(self._walks, data, strict=True)]
+        for walk in (self._walk, *self._walks):
+            walk.explore(self._data[0][0])
+            if walk.order != self._walk.order:
+                raise InputError("E0418", "the models do not run through the same layers in the same order")
+        if not self._walk.order:
+            raise InputError(
+                "E0419", "the data reach no linear layer of the model", fix="merge it by a method that needs no data"
+            )
+        self.changed: set[str] = set()
+
+    def measured(self, models: Sequence[torch.nn.Module]) -> list[Evidence]:
+        """K-FAC factors of models on the data, with labels sampled from them."""
+        found = []
+        for index, model in enumerate(models):
+            given = [batch.given for batch in self._data[index]]
+            statistics = collect(model, given, "kfac", estimator="sampled", seed=self._seed)
+            found.append(open_evidence(statistics, f"statistics[{index}]"))
+        return found
+
+    def sweep(self, evidence: Sequence[Evidence]) -> None:
+        """Merge every layer once.
+
+        Raises:
+            InputError: E0418, a layer has no output factors.
+            NumericError: E0601, a solution is not finite.
+        """
+        for found in evidence:
+            lacking = next((name for name in self._walk.order if "output_gram" not in found.kinds(name)), None)
+            if lacking is not None:
+                raise InputError(
+                    "E0418",
+                    f"the output factors (output_gram) of `{lacking}` are missing in {found.label}",
+                    places=Place(tensor=lacking),
+                    fix="collect the kind `kfac` from every model",
+                )
+        for prefix, names in self._steps():
+            visits = self._visit(prefix, names, evidence)
+            for name in names:
+                solution = self._method.solve(visits[name])
+                if not bool(solution.x.isfinite().all()):
+                    raise NumericError(
+                        "E0601",
+                        f"the solution for `{name}` is not finite",
+                        places=Place(tensor=name),
+                        why=solution.advice,
+                    )
+                matrix, bias = (solution.x[:, :-1], solution.x[:, -1]) if self._biased(name) else (solution.x, None)
+                self._walk.put(name, matrix, bias)
+                self.changed.update(self._walk.tensors(name, bias=bias is not None))
+
+    def _steps(self) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+        """What is merged at a time, and the prefix of its names if it is a whole numbered layer."""
+        if self._method.by == "weight":
+            for names in self._walk.groups():
+                yield None, names
+            return
+        steps: dict[str, list[str]] = {}
+        for name in self._walk.order:
+            found = layer_of(name)
+            steps.setdefault(f"{found[0]}.{found[1]}." if found else name, []).append(name)
+        for prefix, members in steps.items():
+            yield (prefix if prefix.endswith(".") else None), tuple(members)
+
+    def _biased(self, name: str) -> bool:
+        return self._method.biased and self._walk.bias(name) is not None
+
+    def _visit(self, prefix: str | None, names: tuple[str, ...], evidence: Sequence[Evidence]) -> dict[str, Visit]:
+        """What every weight of a step has to be solved for."""
+        moments = []
+        for index in range(len(self._models)):
+            with self._behind(index, prefix):
+                moments.append(self._moments(index, names))
+        return {
+            name: Visit(
+                name,
+                [self._matrix(walk, name) for walk in self._walks],
+                self._matrix(self._walk, name),
+                self._weights,
+                [found[name].gram / found[name].tokens for found in moments],
+                [found[name].drift / found[name].tokens for found in moments] if self._method.follows else (),
+                [found.read("output_gram", name).to(self._walk.dtype) for found in evidence],
+            )
+            for name in names
+        }
+
+    def _moments(self, index: int, names: tuple[str, ...]) -> dict[str, _Moments]:
+        """Sums over all tokens of a task; weights that share their input share them."""
+        sums: dict[str, _Moments] = {}
+        for batch in self._data[index]:
+            inputs = self._walk.inputs(batch, names)
+            theirs = self._walks[index].inputs(batch, names) if self._method.follows else inputs
+            known: dict[tuple[int, bool], _Moments] = {}
+            for name in names:
+                key = (id(inputs[name]), self._biased(name))
+                if key not in known:
+                    known[key] = self._products(inputs[name], theirs[name], biased=key[1])
+                sums[name] = sums[name] + known[key] if name in sums else known[key]
+        return sums
+
+    def _products(self, h: torch.Tensor, e: torch.Tensor, *, biased: bool) -> _Moments:
+        wide = h.to(self._walk.dtype)
+        gap = e.to(wide.dtype) - wide
+        if biased:
+            wide = torch.nn.functional.pad(wide, (0, 1), value=1.0)
+            gap = torch.nn.functional.pad(gap, (0, 1))
+        return _Moments(wide.mT @ wide, gap.mT @ wide if self._method.follows else gap.new_zeros(()), len(wide))
+
+    def _matrix(self, walk: LayerWalk, name: str) -> torch.Tensor:
+        """A weight, with its bias as a last column where biases are solved for."""
+        bias = walk.bias(name) if self._biased(name) else None
+        return walk.matrix(name) if bias is None else torch.cat([walk.matrix(name), bias[:, None]], dim=1)
+
+    @contextlib.contextmanager
+    def _behind(self, index: int, prefix: str | None) -> Iterator[None]:
+        """The merged model with the layer of a model in it, for the time of the block."""
+        ours, theirs = self._merged.state_dict(), self._models[index].state_dict()
+        names = [name for name in ours if prefix is not None and name.startswith(prefix)]
+        kept = {name: ours[name].clone() for name in names}
+        try:
+            for name in names:
+                ours[name].copy_(theirs[name])
+            yield
+        finally:
+            for name in names:
+                ours[name].copy_(kept[name])
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over tokens: ``h h'``, ``(e - h) h'``, and their number."""
+
+    gram: torch.Tensor
+    drift: torch.Tensor
+    tokens: int
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(self.gram + other.gram, self.drift + other.drift, self.tokens + other.tokens)

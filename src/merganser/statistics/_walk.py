@@ -1,0 +1,149 @@
+"""The linear layers of a model in the order in which an input reaches them, and what reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from merganser._torch import torch
+from merganser.errors import InputError
+from merganser.statistics._batch import Batch, Caller, Tokens
+from merganser.statistics._layers import Layer
+from merganser.statistics._layout import find_layers
+from merganser.statistics._settings import accumulator
+from merganser.statistics._tape import Call, Identity, Quiet, Tape, identity
+
+__all__ = ["LayerWalk"]
+
+
+class _ReachedError(Exception):
+    """Everything that was asked for has been seen; the rest of the forward pass is of no use."""
+
+
+class LayerWalk:
+    """The linear layers of a model (Linear, Conv1D, Conv2d) as matrices ``[out, in]``, and the inputs that reach them.
+
+    A weight that is also an embedding (a tied head) is not among them. Only real tokens count.
+
+    Args:
+        model: the model; its mode is put back after each pass, its weights change only by `put`.
+
+    Attributes:
+        order: the names of the weights in the order in which the first pass reached them; empty before `explore`.
+        dtype: of sums over tokens: the wider of float32 and the model's type.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        layers, names, _ = find_layers(model)
+        embeddings = {id(layer.weight) for layer in layers if layer.one_hot}
+        self._model = model
+        self._call = Caller(model, own_loss=False)
+        self._layers: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.linear and id(layer.weight) not in embeddings:
+                self._layers.setdefault(names[id(layer)], []).append(layer)
+        self._names = names
+        self._calls: dict[str, list[Identity]] = {}
+        self.dtype = accumulator(None, model)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """See the class."""
+        return tuple(self._calls)
+
+    def batches(self, data: Iterable[Any]) -> list[Batch]:
+        """The data as batches on the model's device.
+
+        Raises:
+            InputError: E0415, a batch is of no known form; E0417, there is none.
+        """
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        found, start = [], 0
+        for number, given in enumerate(data):
+            batch = Batch.of(given, device, number=number, start=start)
+            start += batch.size
+            if batch.size:
+                found.append(batch)
+        if not found:
+            raise InputError("E0417", "the data hold no example")
+        return found
+
+    def explore(self, batch: Batch) -> None:
+        """Learn from one example in which order the layers are reached, how often, and which share their input."""
+        alive: list[torch.Tensor] = []  # so that no other activation gets the address of one
+
+        def on_call(call: Call) -> None:
+            alive.append(call.x)
+            self._calls.setdefault(self._names[id(call.layer)], []).append(identity(call.layer, call.x))
+
+        self._run(batch.only(0), self._layers, on_call)
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The weights in the order of `order`; those that read the same activation (query, key, value) together."""
+        found: dict[tuple[Identity, ...], list[str]] = {}
+        for name, calls in self._calls.items():
+            found.setdefault(tuple(calls), []).append(name)
+        return [tuple(names) for names in found.values()]
+
+    def inputs(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """The rows that each weight multiplies, ``(tokens, in)``; weights that share their input share the rows.
+
+        The pass ends with the last call of the last of them.
+        """
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        known: dict[Identity, torch.Tensor] = {}
+        alive: list[torch.Tensor] = []
+        left = sum(len(self._calls[name]) for name in names)
+
+        def on_call(call: Call) -> None:
+            nonlocal left
+            mark = identity(call.layer, call.x)
+            if mark not in known:
+                alive.append(call.x)
+                rows = call.layer.inputs(call.x)
+                rows = rows.reshape(-1, rows.shape[-1])
+                known[mark] = rows if call.rows is None else rows.index_select(0, call.rows.to(rows.device))
+            parts[self._names[id(call.layer)]].append(known[mark])
+            left -= 1
+            if not left:
+                raise _ReachedError
+
+        self._run(batch, names, on_call)
+        return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
+
+    def _run(self, batch: Batch, names: Iterable[str], on_call: Callable[[Call], None]) -> None:
+        layers = [layer for name in names for layer in self._layers[name]]
+        with Quiet(self._model), Tape(self._model, layers, on_call) as tape, torch.no_grad():
+            tape.start(Tokens.of(batch), batch.size)
+            try:
+                self._call(batch)
+            except _ReachedError:
+                return
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A copy of the weight, as a matrix ``[out, in]`` in the type of the sums."""
+        layer = self._layers[name][0]
+        weight = layer.weight.detach()
+        matrix = weight.mT if layer.transposed else weight.reshape(layer.out_size(), -1)
+        return matrix.to(self.dtype, copy=True).contiguous()
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """A copy of the layer's bias, if it has one and no other layer uses the weight."""
+        module: Any = self._layers[name][0].module
+        bias = getattr(module, "bias", None)
+        if not isinstance(bias, torch.Tensor) or len(self._layers[name]) > 1:
+            return None
+        return bias.detach().to(self.dtype, copy=True)
+
+    def put(self, name: str, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Set the weight, and the bias if one is given."""
+        layer = self._layers[name][0]
+        with torch.no_grad():
+            layer.weight.copy_((matrix.mT if layer.transposed else matrix).reshape(layer.weight.shape))
+            if bias is not None:
+                target: Any = layer.module.bias
+                target.copy_(bias)
+
+    def tensors(self, name: str, *, bias: bool) -> Sequence[str]:
+        """The names of the parameters that `put` sets."""
+        return [name, f"{self._layers[name][0].path}.bias".lstrip(".")] if bias else [name]
