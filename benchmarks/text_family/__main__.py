@@ -25,7 +25,7 @@ from benchmarks.text_family import report
 from benchmarks.text_family.data import FOLDER, Sizes, Task, novel_paragraphs, random_tokens, read_tasks
 from benchmarks.text_family.family import Say, Settings, fine_tune, measure
 from benchmarks.text_family.results import Bench
-from benchmarks.text_family.rows import EXACT, GOLD, NOVEL, SAMPLED, TOKENS, quick_rows, rows, task_arithmetic
+from benchmarks.text_family.rows import EXACT, GOLD, NOVEL, SAMPLED, TOKENS, Row, quick_rows, rows, task_arithmetic
 
 CACHE = Path(".cache") / "text_family"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -62,6 +62,8 @@ def main() -> None:
     results = [*bench.references(), bench.tuned(task_arithmetic(SCALES[:2] if options.quick else SCALES))]
     for row in quick_rows() if options.quick else rows():
         results += bench.run(row)
+    for start in (Row("average", "average"), Row("output matching", "output_matching", runs=True)):
+        results += bench.distilled(start, (1, 2) if options.quick else (72, 288))
     print(
         f"torch {torch.__version__}, {platform.machine()}, {options.threads} thread(s); accuracy in %, mean ± standard"
     )

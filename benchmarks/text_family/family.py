@@ -114,7 +114,7 @@ def measure(
         return out
     began = time.perf_counter()
     classifier = Classifier(load_encoder(expert.encoder), expert.load_head())
-    found = collect(classifier, list(_padded(ids, given)), kinds, estimator=estimator)
+    found = collect(classifier, list(padded(ids, given)), kinds, estimator=estimator)
     out.parent.mkdir(parents=True, exist_ok=True)
     gram, output_gram, fisher = map(_encoder_only, (found.gram, found.output_gram, found.fisher))
     Statistics(gram=gram, output_gram=output_gram, fisher=fisher).save(out)
@@ -127,9 +127,10 @@ def _encoder_only(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(_PREFIX): value for name, value in table.items() if name.startswith(_PREFIX)}
 
 
-def _padded(
-    ids: Sequence[Sequence[int]], labels: Sequence[int] | None, size: int = 16
+def padded(
+    ids: Sequence[Sequence[int]], labels: Sequence[int] | None = None, size: int = 16
 ) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of texts of about one length, with their labels if there are some."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]

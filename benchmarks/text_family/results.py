@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from examples.demo.store import key, read_json, weights_digest, write_json
 from torch import Tensor
 
 from benchmarks.text_family.data import Split, Task, digest
-from benchmarks.text_family.family import Say, source_digest
+from benchmarks.text_family.distillation import distilled
+from benchmarks.text_family.family import Say, padded, source_digest
 from benchmarks.text_family.rows import Row, merged
 
 Scores = dict[str, list[bool]]
@@ -75,13 +76,36 @@ class Bench:
         kept = read_json(place)
         if kept is None:
             began = time.perf_counter()
-            models = list(merged(row, [expert.encoder for expert in self.experts], self.base, files))
+            models = list(self._merges(row))
             seconds = time.perf_counter() - began
             kept = [{"label": label, "outcomes": self.evaluate(model, part)} for label, model in models]
             kept = [{**found, "seconds": seconds} for found in kept]
             write_json(place, kept)
             accuracies = ", ".join(f"{100 * mean_accuracy(found['outcomes']):.2f}" for found in kept)
             self.say(f"{row.label}: {accuracies}; merged in {seconds:.1f} s")
+        return [Result(found["label"], found["outcomes"], found["seconds"]) for found in kept]
+
+    def _merges(self, row: Row) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        files = self.statistics[row.statistics] if row.statistics else ()
+        return merged(row, [expert.encoder for expert in self.experts], self.base, files, self._inputs())
+
+    def _inputs(self) -> list[list[dict[str, Tensor]]]:
+        return [list(padded(task.statistics.ids)) for task in self.tasks]
+
+    def distilled(self, row: Row, steps: Sequence[int]) -> list[Result]:
+        """The encoder after steps of distillation from a row's merge, or from the cache; the seconds are without it."""
+        made_with = key(repr(row), list(steps), self._judges("test"), [task.statistics.ids for task in self.tasks])
+        place = self.cache / "distilled" / f"{made_with}.json"
+        kept = read_json(place)
+        if kept is None:
+            encoder, kept = load_encoder(self.base), []
+            encoder.load_state_dict(next(self._merges(row))[1])
+            for count, seconds in distilled(encoder, self.experts, self._inputs(), steps):
+                label = f"Adam distillation from {row.label}, {count} steps"
+                outcomes = self.evaluate(encoder.state_dict())
+                kept.append({"label": label, "outcomes": outcomes, "seconds": seconds})
+                self.say(f"{label}: {100 * mean_accuracy(outcomes):.2f}; {seconds:.1f} s")
+            write_json(place, kept)
         return [Result(found["label"], found["outcomes"], found["seconds"]) for found in kept]
 
     def tuned(self, candidates: Sequence[Row]) -> Result:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.demo.encoder import load_encoder
 
 import merganser as mg
 
@@ -18,6 +19,9 @@ GOLD, SAMPLED, EXACT, NOVEL, TOKENS = "gold", "sampled", "exact", "novel", "toke
 
 PLAIN: Mapping[str, Any] = {"normalize": "none", "damping": 0.0, "preconditioner": "none"}
 TRACE: Mapping[str, Any] = {"normalize": "trace", "damping": 0.0, "preconditioner": "none"}
+REGMEAN_PP: Mapping[str, Any] = {"off_diagonal": 1.0, "ridge": 0.1, "normalize": "trace"}
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Row:
         options: of the method.
         statistics: which statistics.
         path: the counts of plain iterations to evaluate, all of one run; then `label` names the first part of the rows.
+        runs: whether the method runs the models, on the inputs of the statistics.
     """
 
     label: str
@@ -37,6 +42,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None
     path: tuple[int, ...] = ()
+    runs: bool = False
 
     def labels(self) -> tuple[str, ...]:
         """What the table calls each of its merges."""
@@ -73,10 +79,15 @@ def _without_iterations() -> list[Row]:
     return [
         Row("average", "average"),
         *task_arithmetic((0.3,)),
+        Row("Iso-C 1.5", "iso_c", {"scale": 1.5}),
+        Row("TSV-M", "tsv"),
         Row("ACTMat", "actmat"),
         Row("RegMean, off-diagonal 0.9", "regmean", {"off_diagonal": 0.9}, SAMPLED),
         Row("RegMean, off-diagonal 1.0", "regmean", {"off_diagonal": 1.0}, SAMPLED),
         Row("Fisher, gold", "fisher", {}, GOLD),
+        Row("RegMean++, ridge 0.1, trace-normalised", "regmean_pp", REGMEAN_PP, runs=True),
+        Row("output matching", "output_matching", runs=True),
+        Row("sequential MaTS, sampled", "sequential_mats", {}, SAMPLED, runs=True),
     ]
 
 
@@ -91,21 +102,26 @@ def task_arithmetic(scales: Sequence[float]) -> list[Row]:
     return [Row(f"task arithmetic {scale:g}", "task_arithmetic", {"scale": scale}) for scale in scales]
 
 
-def merged(row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Path]) -> Iterator[tuple[str, Tensors]]:
+def merged(
+    row: Row, models: Sequence[Path], base: Path, statistics: Sequence[Path], inputs: Sequence[Batches]
+) -> Iterator[tuple[str, Tensors]]:
     """Makes a row's merges.
+
+    Args:
+        row: what to make.
+        models: the experts' encoders.
+        base: the base encoder.
+        statistics: the experts' statistics, if the row wants some.
+        inputs: for each expert the batches of its task, for methods that run the models.
 
     Yields:
         What the table calls each, and the merged encoder.
     """
-    if row.path:
-        states = _merge(row, {**row.options, "keep": row.path}, models, base, statistics)
-        yield from zip(row.labels(), states.values(), strict=True)
-    else:
-        yield row.label, _merge(row, row.options, models, base, statistics)
-
-
-def _merge(
-    row: Row, options: Mapping[str, Any], models: Sequence[Path], base: Path, statistics: Sequence[Path]
-) -> dict[Any, Any]:
-    paths, measured = [str(model) for model in models], [str(file) for file in statistics] or None
-    return dict(mg.merge(paths, base=str(base), method=row.method, statistics=measured, out=None, **options))
+    options = {**row.options, "keep": row.path} if row.path else dict(row.options)
+    measured = [str(file) for file in statistics] or None
+    given: list[Any] = [str(model) for model in models]
+    start: Any = str(base)
+    if row.runs:
+        given, start, options["data"] = [load_encoder(model) for model in models], load_encoder(base), inputs
+    found: Any = mg.merge(given, base=start, method=row.method, statistics=measured, **options)
+    yield from zip(row.labels(), found.values() if row.path else (found,), strict=True)
