@@ -62,7 +62,6 @@ def rows() -> list[Row]:
         ekron(TOKENS, 0.1, 15),
         Row("MaTS eKron, damping 0.01, gold", "mats", {"damping": 0.01}, GOLD, (1, 5, 15)),
         Row("MaTS eKron, damping 0.3, sampled", "mats", {"damping": 0.3}, SAMPLED, (1, 15)),
-        ekron(SAMPLED, 0.1, 100),
     ]
 
 
