@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from merganser._version import __version__
 
 if TYPE_CHECKING:
+    from merganser.advice import Advice, advise
     from merganser.blocks import BlockSpec, Role
     from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
     from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from merganser.statistics import Statistics, collect
 
 _HOMES = {
+    "advice": ("Advice", "advise"),
     "blocks": ("BlockSpec", "Role"),
     "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
     "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
@@ -32,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Advice",
     "BlockSpec",
     "Checkpoint",
     "MerganserError",
@@ -41,6 +44,7 @@ __all__ = [
     "Role",
     "Statistics",
     "__version__",
+    "advise",
     "average_experts",
     "collect",
     "create_method",

@@ -9,13 +9,16 @@ from merganser.engine._measure import Difference, TensorStatistics, compare, gro
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
 from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
+from merganser.engine._relations import Counts, Relations, relate
 from merganser.engine._search import Evaluator, FolderEvaluator, resolve
 from merganser.engine._stream import Stream
+from merganser.engine._subspaces import Subspaces, sample_matrices, subspaces
 from merganser.engine._tensor import Input, TensorPlan
 
 __all__ = [
     "DEFAULT_MEMORY",
     "DEFAULT_SHARD",
+    "Counts",
     "Difference",
     "Evaluator",
     "Executor",
@@ -24,7 +27,9 @@ __all__ = [
     "LocalThreads",
     "Outcome",
     "Plan",
+    "Relations",
     "Stream",
+    "Subspaces",
     "TensorPlan",
     "TensorStatistics",
     "available_cores",
@@ -37,8 +42,11 @@ __all__ = [
     "map_front",
     "merge",
     "onto_recipe",
+    "relate",
     "resolve",
+    "sample_matrices",
     "save",
     "statistics",
+    "subspaces",
     "to_memory",
 ]

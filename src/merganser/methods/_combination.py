@@ -17,7 +17,15 @@ from merganser.kernels import Partials
 from merganser.methods._base import Method, State, check_normalisable
 from merganser.methods._block import Block, Context
 
-__all__ = ["Combination", "Matrix", "combine", "inner_products", "total_products"]
+__all__ = [
+    "Combination",
+    "Matrix",
+    "combine",
+    "inner_products",
+    "matrix_of",
+    "partial_products",
+    "total_products",
+]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -54,20 +62,22 @@ def inner_products(context: Context, *, deltas: bool | None = None) -> dict[str,
     parts: dict[str, list[Partials]] = defaultdict(list)
     for key, products in context.each(lambda block: _products(block, block.based if deltas is None else deltas)):
         parts[key.name].append(products)
-    return {name: _matrix(context.models, pieces) for name, pieces in parts.items()}
+    return {name: matrix_of(context.models, pieces) for name, pieces in parts.items()}
 
 
 def total_products(context: Context) -> Matrix:
     """The inner products of the task vectors over all tensors together."""
-    return _matrix(context.models, [products for _, products in context.each(lambda block: _products(block, True))])
+    return matrix_of(context.models, [products for _, products in context.each(lambda block: _products(block, True))])
 
 
 def _products(block: Block, deltas: bool) -> Partials:
-    """Partial sums over chunks, a row for every pair of models."""
-    models = len(block.weights)
-    vectors = block.deltas() if deltas else [block.model(index) for index in range(models)]
-    rows: list[list[Partials]] = [[] for _ in range(models * (models + 1) // 2)]
-    for first in range(0, block.key.stop - block.key.start, _RUN):
+    return partial_products(block.deltas() if deltas else [block.model(index) for index in range(len(block.weights))])
+
+
+def partial_products(vectors: Sequence[torch.Tensor]) -> Partials:
+    """Inner products of the vectors of a block: partial sums over chunks, a row for every pair."""
+    rows: list[list[Partials]] = [[] for _ in range(len(vectors) * (len(vectors) + 1) // 2)]
+    for first in range(0, vectors[0].numel(), _RUN):
         wide = [values[first : first + _RUN].double() for values in vectors]
         pairs = iter(rows)
         for i, a in enumerate(wide):
@@ -76,7 +86,8 @@ def _products(block: Block, deltas: bool) -> Partials:
     return np.array([np.concatenate(row) if row else np.zeros(0) for row in rows])
 
 
-def _matrix(models: int, pieces: Sequence[Partials]) -> Matrix:
+def matrix_of(models: int, pieces: Sequence[Partials]) -> Matrix:
+    """The symmetric matrix of inner products, from the partial sums of all blocks."""
     matrix = np.zeros((models, models))
     for row, (i, j) in enumerate(itertools.combinations_with_replacement(range(models), 2)):
         matrix[i, j] = matrix[j, i] = kernels.exact_sum([piece[row] for piece in pieces])

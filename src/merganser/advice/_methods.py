@@ -1,0 +1,197 @@
+"""Which methods fit what the user has, with the figures that say so and the commands to run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CLAIMS", "Claim", "Situation", "Suggestion", "suggest"]
+
+_ENCODER, _LANGUAGE = "README.md", "docs/results-lm.md"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Evidence for a method.
+
+    Attributes:
+        text: what was measured.
+        source: the document of this project, or the paper.
+        quotes: pieces of that document that the text rests on; none for a paper.
+    """
+
+    text: str
+    source: str
+    quotes: tuple[tuple[str, ...], ...] = ()
+
+
+CLAIMS = {
+    "encoder-none": Claim(
+        "six tasks on a small encoder, no data: TACT 73.8, ACTMat 72.3, TIES 69.1, average 67.0 of the experts' 81.7 %",
+        _ENCODER,
+        (
+            ("| TACT 0.5 |", "73.8"),
+            ("| ACTMat |", "72.3"),
+            ("| TIES 0.2 |", "69.1"),
+            ("| average |", "67.0"),
+            ("| fine-tuned, one per task |", "81.7"),
+        ),
+    ),
+    "encoder-inputs": Claim(
+        "the same tasks, with inputs but no labels: MaTS 78.0, RegMean 73.8 of the experts' 81.7 %",
+        _ENCODER,
+        (("| MaTS |", "78.0"), ("| RegMean 0.9 |", "73.8"), ("| fine-tuned, one per task |", "81.7")),
+    ),
+    "encoder-labels": Claim(
+        "the same tasks: 200 labels per task for choosing the options of MaTS changed nothing on average (78.0)",
+        _ENCODER,
+        (("| MaTS, tuned on 200 labels per task |", "78.0"), ("| MaTS |", "78.0")),
+    ),
+    "language-none": Claim(
+        "a small language model on three books, share of the experts' gain that is kept: ACTMat 88 %, TACT 87 %, TIES "
+        "80 %, average 67 %",
+        _LANGUAGE,
+        (("ACTMat, which needs no data, keeps 88 %", "TACT 87 %", "TIES 80 %", "the average 67 %"),),
+    ),
+    "language-inputs": Claim(
+        "the same language model: MaTS 85 %, RegMean 84 % with inputs, less than ACTMat without",
+        _LANGUAGE,
+        (("MaTS 85 %", "RegMean 84 %"),),
+    ),
+    "language-labels": Claim(
+        "the same language model: MaTS 86 % with the text's own labels; task arithmetic with its scale chosen on "
+        "validation text equals MaTS",
+        _LANGUAGE,
+        (("86 % with the text's own labels",), ("Task arithmetic equals MaTS", "chosen among five on validation text")),
+    ),
+    "wild": Claim(
+        "published language models in the wild: only task arithmetic gained reliably (+1.0 with 12 models); TIES lost "
+        "4.3, TSV-M 2.4, Iso-C 5.4 points",
+        "arXiv:2511.21437",
+    ),
+    "untuned": Claim(
+        "CLIP ViT-B/32, nothing tuned: TACT 84.5, TSV-M 83.3 %",
+        "arXiv:2604.01329",
+    ),
+    "soup": Claim(
+        "runs on one task with different seeds and options: an average of those that help beats the best single run",
+        "Wortsman et al., 2022, arXiv:2203.05482",
+    ),
+    "sampled": Claim(
+        "labels that the model samples cost MaTS 0.003 nats per token against the text's own",
+        _LANGUAGE,
+        (("MaTS is better with the text's labels than with sampled ones by 0.003",),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides between methods.
+
+    Attributes:
+        language: whether the models generate text.
+        alike: whether the task vectors are those of runs on one task.
+        heads: the setting `heads` that the merge needs.
+        dtype: the type to write; None for that of the inputs.
+    """
+
+    language: bool
+    alike: bool
+    heads: str
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What fits one kind of user.
+
+    Attributes:
+        needs: none, unlabelled or labelled.
+        title: what the user has, in words.
+        methods: registry names, the best first.
+        evidence: why.
+        commands: what to run; none where the models have no paths.
+    """
+
+    needs: str
+    title: str
+    methods: tuple[str, ...]
+    evidence: tuple[Claim, ...]
+    commands: tuple[str, ...]
+
+
+def suggest(situation: Situation, models: Sequence[Any], base: Any) -> tuple[Suggestion, ...]:
+    """Suggestions for no data, unlabelled inputs and labelled examples."""
+    command = _Commands(situation, models, base)
+    kind = "language" if situation.language else "encoder"
+    first: tuple[str, ...]
+    evidence: tuple[str, ...]
+    if situation.alike:
+        first, evidence = ("average",), ("soup",)
+    elif situation.language:
+        first, evidence = ("actmat", "task_arithmetic"), ("language-none", "wild")
+    else:
+        first, evidence = ("tact", "actmat"), ("encoder-none", "untuned")
+    return (
+        Suggestion("none", "no data", first, _claims(*evidence), command.merge(first[0])),
+        Suggestion(
+            "unlabelled",
+            "inputs of every task, without labels",
+            ("mats", "regmean"),
+            _claims(f"{kind}-inputs", "sampled"),
+            command.matched("sampled"),
+        ),
+        Suggestion(
+            "labelled",
+            "labelled examples of every task",
+            ("mats", "task_arithmetic"),
+            _claims(f"{kind}-labels"),
+            command.matched("empirical"),
+        ),
+    )
+
+
+def _claims(*keys: str) -> tuple[Claim, ...]:
+    return tuple(CLAIMS[key] for key in keys)
+
+
+class _Commands:
+    """Command lines about some models, quoted for a shell."""
+
+    def __init__(self, situation: Situation, models: Sequence[Any], base: Any) -> None:
+        self._known = all(isinstance(model, str | os.PathLike) for model in (*models, base))
+        self._models = [os.fspath(model) for model in models] if self._known else []
+        self._base = os.fspath(base) if self._known else ""
+        self._tail = ["--heads", "exclude"] if situation.heads == "exclude" else []
+        self._tail += ["--dtype", situation.dtype] if situation.dtype is not None else []
+
+    def merge(self, method: str, statistics: Sequence[str] = ()) -> tuple[str, ...]:
+        """One merge."""
+        if not self._known:
+            return ()
+        words = ["merganser", "merge", "-m", method, "--base", self._base, *self._models]
+        for file in statistics:
+            words += ["--statistics", file]
+        return (shlex.join([*words, *self._tail, "-o", "merged"]),)
+
+    def matched(self, estimator: str) -> tuple[str, ...]:
+        """Statistics of every model, and MaTS with them."""
+        if not self._known:
+            return ()
+        stems: list[str] = []
+        for model in self._models:
+            stem = Path(model).resolve().name or "model"
+            stems.append(stem if stem not in stems else f"{stem}-{len(stems) + 1}")
+        files = [f"{stem}.stats.safetensors" for stem in stems]
+        collected = [
+            shlex.join(
+                ["merganser", "collect", model, "--data", f"{stem}.jsonl", "-k", "kfac", "-e", estimator, "-o", file]
+            )
+            for model, stem, file in zip(self._models, stems, files, strict=True)
+        ]
+        return (*collected, *self.merge("mats", files))
