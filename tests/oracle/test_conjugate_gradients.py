@@ -242,3 +242,16 @@ def test_unfit_arguments() -> None:
         CG().solve(stack([operator]), normal(0, 1, 4, 3))
     with pytest.raises(InputError, match="not stacked"):
         CG().solve_stack(operator, normal(0, 4, 3))
+
+
+@pytest.mark.parametrize("preconditioner", [None, Jacobi(), EKron()])
+def test_the_objective_of_every_iterate(preconditioner: Preconditioner | None) -> None:
+    system = kfac_problem(models=2, rows=4, columns=3).system
+    operator, b, x0 = system.operator.damped(0.1), 1e3 * system.b, system.x0
+    solver = CG(4, tolerance=0, keep=(0, 1, 2, 3, 4), preconditioner=preconditioner)
+    solution = solver.solve(operator, b, x0=x0)
+    assert len(solution.objective) == len(solution.history) == 5
+    for step, x in solution.iterates.items():
+        d = x - x0
+        wanted = float((d * operator.matvec(d)).sum() / 2 - (d * (b - operator.matvec(x0))).sum())
+        assert solution.objective[step] == pytest.approx(wanted, rel=1e-9, abs=1e-9)

@@ -200,7 +200,7 @@ def save(
         found = execute(plan, output, **run)
         seconds = time.monotonic() - started
         warnings = [*plan.warnings, *found.warnings]
-        extra = {"search": dict(record or {}), "memory": found.memory}
+        extra = {"search": dict(record or {}), "memory": found.memory, "report": found.report}
         warnings += output.commit(warnings, seconds, {key: value for key, value in extra.items() if value})
     return Outcome(target, time.monotonic() - started, tuple(warnings), found.report)
 

@@ -118,6 +118,8 @@ def report(block: Block, solution: Solution) -> None:
         smallest=solution.smallest,
         largest=solution.largest,
         ridge=solution.ridge,
+        history=[float(f"{value:.4g}") for value in solution.history],
+        objective=[float(f"{value:.4g}") for value in solution.objective],
         seconds=round(solution.seconds, 4),
     )
 

@@ -46,6 +46,7 @@ class Solution:
         iterations: the number of iterations that changed x.
         residual: ``||b - A x|| / ||b||``, recomputed from the correction (relative to ``||b - A x0||`` for b = 0).
         history: relative residual norms at 0, 1, ... `iterations`, as the iteration updates them.
+        objective: ``<d, A d> / 2 - <d, b - A x0>`` with d = x - x0, at the same iterations; none of a closed form.
         iterates: the tensors after the iterations asked for; after the end they are x.
         smallest: estimate of the smallest eigenvalue that the iteration met (of the preconditioned operator, if it
             was), from the Lanczos matrix of its coefficients; None without iterations. It is never too small.
@@ -60,6 +61,7 @@ class Solution:
     iterations: int
     residual: float
     history: tuple[float, ...]
+    objective: tuple[float, ...] = ()
     iterates: Mapping[int, torch.Tensor] = field(default_factory=dict)
     smallest: float | None = None
     largest: float | None = None

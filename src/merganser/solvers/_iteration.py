@@ -25,6 +25,7 @@ class Trace:
         norms: residual norms ``[k + 1, n]``.
         alphas: step lengths ``[k, n]``; 0 where a block had ended.
         betas: ratios ``[k, n]``.
+        gains: by how much each step lowered ``<y, A y> / 2 - <y, r>``, ``[k, n]``.
         iterations: steps that each block made, ``[n]``.
         converged: which blocks reached their target, ``[n]``.
         broken: which blocks broke down, ``[n]``.
@@ -35,6 +36,7 @@ class Trace:
     norms: torch.Tensor
     alphas: torch.Tensor
     betas: torch.Tensor
+    gains: torch.Tensor
     iterations: torch.Tensor
     converged: torch.Tensor
     broken: torch.Tensor
@@ -90,7 +92,7 @@ def iterate(
     active = ~(converged | broken)
     p.copy_(z)
     flat_p.masked_fill_(~active[:, None], 0)
-    norms, alphas, betas = [square.sqrt()], [], []
+    norms, alphas, betas, gains = [square.sqrt()], [], [], []
     iterations = torch.zeros_like(active, dtype=torch.int64)
     kept = {0: torch.zeros_like(y)} if 0 in keep else {}
     for step in range(1, max_iterations + 1):
@@ -100,6 +102,7 @@ def iterate(
         curvature = dots(flat_p, flat_q)
         sound = active & (curvature > 0) & curvature.isfinite()
         alpha = torch.where(sound, rho / curvature, 0)
+        gains.append(alpha * rho / 2)
         length = alpha.to(r.dtype)[:, None]
         flat_y.addcmul_(length, flat_p)
         flat_r.addcmul_(length, flat_q, value=-1)
@@ -128,6 +131,7 @@ def iterate(
         torch.stack(norms),
         torch.stack(alphas) if alphas else empty,
         torch.stack(betas) if betas else empty,
+        torch.stack(gains) if gains else empty,
         iterations,
         converged,
         broken,

@@ -107,7 +107,7 @@ class CG:
         unit = torch.where(unit > 0, unit, 1)
         steps = {k: _corrected(x0, system.leave(y) / spread, stacked=stacked)[0] for k, y in trace.kept.items()}
         iterates = {k: steps.get(k, x) for k in self.keep}
-        trace = replace(trace, norms=trace.norms / unit, broken=trace.broken | ~valid)
+        trace = replace(trace, norms=trace.norms / unit, gains=trace.gains / wide**2, broken=trace.broken | ~valid)
         return _solutions(trace, residuals / unit, x, iterates, began, stacked=stacked)
 
 
@@ -123,6 +123,7 @@ def _solutions(
     iterations, ended = trace.iterations.tolist(), residuals.tolist()
     converged, broken = trace.converged.tolist(), trace.broken.tolist()
     norms, alphas, betas = trace.norms.T.tolist(), trace.alphas.T.tolist(), trace.betas.T.tolist()
+    objectives = trace.gains.cumsum(0).neg().T.tolist()
     seconds = (time.perf_counter() - began) / max(1, len(ended))
     solutions = []
     for index, count in enumerate(iterations):
@@ -135,6 +136,7 @@ def _solutions(
                 iterations=count,
                 residual=ended[index],
                 history=tuple(norms[index][: count + 1]),
+                objective=(0.0, *objectives[index][:count]),
                 iterates={k: tensor[index] if stacked else tensor for k, tensor in iterates.items()},
                 smallest=spectrum[0] if spectrum else None,
                 largest=spectrum[1] if spectrum else None,
