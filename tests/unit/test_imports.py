@@ -14,7 +14,17 @@ import merganser
 from tests.helpers import write_model
 
 HEAVY = {"torch", "transformers", "numpy.linalg", "jinja2", "peft", "huggingface_hub", "safetensors"}
-FORBIDDEN = {"transformers", "jinja2", "peft", "huggingface_hub", "datasets", "dill", "cloudpickle", "joblib"}
+FORBIDDEN = {
+    "transformers",
+    "jinja2",
+    "matplotlib",
+    "peft",
+    "huggingface_hub",
+    "datasets",
+    "dill",
+    "cloudpickle",
+    "joblib",
+}
 
 SCRIPT = """
 import contextlib, io, json, sys

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from merganser.blocks import natural_key
+from merganser.blocks import Role, infer_role, layer_of, natural_key
 from merganser.checkpoint import Checkpoint
 from merganser.engine import (
     Counts,
@@ -41,7 +41,7 @@ class Survey:
         names: what the models are called.
         tensors: relations by tensor, in natural order.
         total: of all tensors together.
-        layers: by layer, or by the tensor's name outside of layers.
+        layers: by layer, or by the tensor's name outside of layers; embeddings first.
         matrices: leading subspaces of the sampled matrices.
     """
 
@@ -112,6 +112,13 @@ def survey(plan: Plan, *, matrices: int = MATRICES, rank: int = RANK) -> Survey:
     return found
 
 
+def _depth(group: str) -> int:
+    """Embeddings come first, then layers, then what is neither; among equals the order stays."""
+    if layer_of(f"{group}.weight") is not None:
+        return 1
+    return 0 if infer_role(f"{group}.weight", (2, 2)) is Role.EMBEDDING else 2
+
+
 def measure(tensors: Mapping[str, TensorPlan], *, matrices: int = MATRICES, rank: int = RANK) -> Survey:
     """Measure tensors that all have the same models and a base.
 
@@ -129,6 +136,6 @@ def measure(tensors: Mapping[str, TensorPlan], *, matrices: int = MATRICES, rank
         display_names([source.checkpoint for source in first.inputs]),
         relations,
         Relations.total(list(relations.values())),
-        {name: Relations.total(parts) for name, parts in groups.items()},
+        {name: Relations.total(groups[name]) for name in sorted(groups, key=_depth)},
         subspaces(ordered, sample_matrices(ordered, matrices), executor, rank=rank),
     )

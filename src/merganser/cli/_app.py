@@ -76,7 +76,7 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script passes it to the system."""
-    from merganser.cli import advise, collect, diff, explain, inspect, merge, methods, stats  # noqa: F401
+    from merganser.cli import advise, collect, diff, explain, inspect, merge, methods, report, stats  # noqa: F401
 
     words = sys.argv[1:] if arguments is None else arguments
     wants_json = "--json" in words

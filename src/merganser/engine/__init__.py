@@ -5,7 +5,7 @@ from merganser.engine._card import describe_method
 from merganser.engine._commit import check_output
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
-from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, statistics
+from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
 from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
@@ -40,6 +40,7 @@ __all__ = [
     "group_of",
     "make_plan",
     "map_front",
+    "matching_tensors",
     "merge",
     "onto_recipe",
     "relate",

@@ -16,7 +16,7 @@ from merganser.engine._stream import Stream
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.methods import Block
 
-__all__ = ["Difference", "TensorStatistics", "compare", "group_of", "statistics"]
+__all__ = ["Difference", "TensorStatistics", "compare", "group_of", "matching_tensors", "statistics"]
 
 _BLOCK = 1 << 18
 
@@ -95,6 +95,17 @@ def _tensor(name: str, inputs: Sequence[Checkpoint], base: Checkpoint | None) ->
     return TensorPlan(sources[0].spec, sources, origin, None, (1.0,) * len(sources), dtype)
 
 
+def matching_tensors(models: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, TensorPlan]:
+    """The floating-point tensors that all models and the base share in name and shape, in natural order."""
+    everyone = [*models, *([] if base is None else [base])]
+    shared = [
+        name
+        for name, spec in models[0].specs().items()
+        if all(name in m.specs() and m.specs()[name].shape == spec.shape and m.specs()[name].is_float for m in everyone)
+    ]
+    return {name: _tensor(name, models, base) for name in sorted(shared, key=natural_key)}
+
+
 def statistics(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, TensorStatistics]:
     """Statistics of some tensors, in one pass.
 
@@ -134,13 +145,7 @@ def compare(a: Checkpoint, b: Checkpoint, base: Checkpoint | None = None) -> dic
 
     Complexity: O(elements); memory of one block per thread.
     """
-    models = [a, b] if base is None else [a, b, base]
-    shared = [
-        name
-        for name, spec in a.specs().items()
-        if all(name in m.specs() and m.specs()[name].shape == spec.shape and m.specs()[name].is_float for m in models)
-    ]
-    tensors = {name: _tensor(name, [a, b], base) for name in sorted(shared, key=natural_key)}
+    tensors = matching_tensors([a, b], base)
     if not tensors:
         return {}
 
