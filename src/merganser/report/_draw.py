@@ -144,7 +144,8 @@ def heatmap(
 ) -> str:
     """A matrix as coloured cells, with its numbers in them where they fit; NaN is left empty."""
     wide, high = len(columns), len(rows)
-    canvas = _Canvas(name, min(9.0, 2.6 + 0.55 * wide), min(11.0, 1.6 + max(0.22, 0.42 if wide < 9 else 0.24) * high))
+    beside = 1.7 + 0.065 * max((min(30, len(row)) for row in rows), default=0)
+    canvas = _Canvas(name, min(9.0, beside + 0.6 * wide), min(11.0, 1.6 + max(0.22, 0.42 if wide < 9 else 0.24) * high))
     panel, figure = canvas.panel, canvas.figure
     centred = limits[0] < 0
     grid = [[value if math.isfinite(value) else math.nan for value in row] for row in values]
