@@ -92,7 +92,7 @@ class _Lock:
         self._file = folder / LOCK_FILE
         if not self._file.is_file():
             raise self.fault("it has no merge.lock.json, which a merge into a folder writes")
-        data = read_json(self._file, "E0421")
+        data = read_json(self._file, "E0421", limit=100_000_000)
         try:
             recipe, memory = data["recipe"], data["memory"]
             self.method, self.options = str(memory["method"]["name"]), dict(memory["method"]["options"])

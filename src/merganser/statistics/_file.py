@@ -245,11 +245,14 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     )
 
 
+_LONGEST_FACT = 16_000_000
 _FACTS: Mapping[str, type] = {"counts": dict, "aliases": dict, "transposed": list, "provenance": dict}
 
 
 def _fact(header: Header, key: str, kind: type, file: Path) -> Any:
     text = header.metadata.get(key)
+    if text is not None and len(text) > _LONGEST_FACT:
+        raise InputError("E0418", "the metadata are too long", places=Place(file=str(file), key=key))
     value = None if text is None else parse_json(text.encode(), str(file), "E0418")
     good = isinstance(value, kind)
     if isinstance(value, dict) and key == "counts":
