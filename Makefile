@@ -6,13 +6,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup setup-demo demo test lint check bench clean
+.PHONY: help setup setup-demo demo test lint check bench audit sbom clean
 
 help:
 	@echo "make demo    fine-tune real experts, merge them with every method, print the table"
 	@echo "make test    run the tests"
 	@echo "make lint    formatting, lint, types, import directions"
 	@echo "make check   lint and test, as the continuous integration does"
+	@echo "make audit   look the installed packages up in the database of known vulnerabilities"
+	@echo "make sbom    write sbom.json, the list of the installed packages (CycloneDX)"
 	@echo "make bench   compare speed and memory with cp and with mergekit (long)"
 
 # a stamp per environment: made again only when the requirements change
@@ -28,6 +30,10 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/audit: $(VENV)/dev
+	$(PIP) install --constraint constraints.txt 'pip-audit>=2.7,<3' 'cyclonedx-bom>=5,<8'
 	@touch $@
 
 setup: $(VENV)/dev
@@ -50,6 +56,16 @@ check: lint test
 
 bench: setup
 	$(BIN)/python -m benchmarks.merge_speed
+
+# the project itself is installed from this folder, and is in no index
+audit: $(VENV)/audit
+	@$(BIN)/pip-audit --skip-editable --progress-spinner off || { status=$$?; \
+	echo "make audit: a package has a known vulnerability (listed above), or the vulnerability service did not answer" >&2; \
+	exit $$status; }
+
+sbom: $(VENV)/audit
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+	@echo "sbom.json: $$($(BIN)/python -c 'import json; print(len(json.load(open("sbom.json"))["components"]))') packages"
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

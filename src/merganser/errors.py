@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "CATALOGUE",
+    "FIXES",
     "EnvironmentFault",
     "InputError",
     "MerganserError",
@@ -89,6 +90,36 @@ CATALOGUE: dict[str, str] = {
     "E0803": "The disk filled up, or another resource ran out, while writing.",
 }
 
+FIXES: dict[str, str] = {
+    "E0201": "see --help of the command",
+    "E0301": "correct the file; `merganser explain E0301` lists the limits",
+    "E0302": "correct or remove the key; docs/recipes.md lists all keys",
+    "E0303": "correct the key; docs/recipes.md shows the form of every key",
+    "E0305": "see `merganser explain METHOD` for its options",
+    "E0306": "see `merganser explain METHOD` for the values of its options",
+    "E0307": "give every model one finite number, not all zero, e.g. weight: 0.5",
+    "E0308": "see `merganser explain METHOD` for what it needs",
+    "E0309": "give the option a value without a filter, for all other tensors",
+    "E0310": "give every source of a slice the same number of existing layers, e.g. layer_range: [0, 8]",
+    "E0401": "correct the path; a model is a folder with config.json and safetensors weights, or a safetensors file",
+    "E0404": "download the model again, or export it anew",
+    "E0405": "use models of the same architecture, or exclude the tensor (`exclude:`, --exclude)",
+    "E0406": "use models of the same architecture, or exclude the tensor (`exclude:`, --exclude)",
+    "E0408": "convert the model to bf16, f16 or f32 first",
+    "E0409": "use models of one architecture, each with its own config.json",
+    "E0410": "name models of the same architecture that have weights",
+    "E0412": "run the command again when nothing else writes the file",
+    "E0414": 'write one JSON object per line as UTF-8, e.g. {"text": "...", "label": 0}; .gz is read too',
+    "E0415": "correct or remove the line",
+    "E0417": "add examples, one JSON object per line",
+    "E0418": "collect the statistics again with `merganser collect`",
+    "E0419": "load the model yourself, and pass the module to merganser.collect",
+    "E0501": "do not use this checkpoint unless you know why it does that",
+    "E0701": "choose another output path",
+    "E0703": "check the path and its permissions",
+}
+"""What to do about an error where its place says nothing better."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -117,7 +148,7 @@ class MerganserError(Exception):
         message: one line that says what is wrong, foreign names included as they are.
         places: where; the first one is what the JSON output names.
         why: the cause, if it is more than the message says.
-        fix: what to do.
+        fix: what to do; the one of the code if empty.
     """
 
     exit_code: ClassVar[int] = 1
@@ -129,7 +160,7 @@ class MerganserError(Exception):
         self.message = message
         self.places: tuple[Place, ...] = (places,) if isinstance(places, Place) else tuple(places)
         self.why = why
-        self.fix = fix
+        self.fix = fix or FIXES.get(code, "")
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -386,7 +386,7 @@ def test_descriptors_are_given_back_after_an_error(models: tuple[Path, Path], tm
 
 SLOW = r"""
 import os, sys, time
-import merganser.checkpoint._folder as folder
+import merganser.checkpoint._file as folder
 from merganser.cli import main
 read = folder.read_into
 def slowly(*arguments):

@@ -3,8 +3,9 @@
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._carry import output_config, side_files
 from merganser.checkpoint._experts import average_experts
+from merganser.checkpoint._file import FileCheckpoint
 from merganser.checkpoint._files import FilePool
-from merganser.checkpoint._folder import FileCheckpoint, refuse_unmergeable
+from merganser.checkpoint._folder import refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
 from merganser.checkpoint._open import ModelLike, open_checkpoint

@@ -42,7 +42,7 @@ _MODEL_FILES = (
 )
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
-_EXECUTABLE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines")
+_EXECUTABLE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _PRIVATE_KEYS = ("_name_or_path", "_commit_hash")
 
 
@@ -147,7 +147,8 @@ def _suspects(node: Mapping[str, Any], layers: int, prefix: str, known: set[str]
 def _strip(node: dict[str, Any], dtype: str, prefix: str, removed: list[str]) -> None:
     for key in list(node):
         value = node[key]
-        if key in _EXECUTABLE_KEYS or key in _PRIVATE_KEYS or (key == "_attn_implementation" and _is_remote(value)):
+        fetched = key.endswith("_implementation") and _is_remote(value)
+        if key in _EXECUTABLE_KEYS or key in _PRIVATE_KEYS or fetched or key.endswith("_implementation_internal"):
             del node[key]
             removed.append(prefix + key)
         elif key in ("dtype", "torch_dtype") and isinstance(value, str):
@@ -160,7 +161,7 @@ def _strip(node: dict[str, Any], dtype: str, prefix: str, removed: list[str]) ->
 
 
 def _is_remote(value: Any) -> bool:
-    """Whether an attention implementation, or one of several, is a kernel to be fetched."""
+    """Whether an implementation (of the attention, the experts), or one of several, is a kernel to be fetched."""
     return any(
         "/" in text for text in (value.values() if isinstance(value, dict) else [value]) if isinstance(text, str)
     )

@@ -8,115 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser._torch import torch
-from merganser.blocks import BlockSpec, infer_role
 from merganser.checkpoint._base import Checkpoint
-from merganser.checkpoint._files import FilePool, open_regular, read_into
+from merganser.checkpoint._file import FileCheckpoint
+from merganser.checkpoint._files import FilePool, open_regular
 from merganser.checkpoint._index import read_weight_map
 from merganser.checkpoint._json import read_json
-from merganser.checkpoint._safetensors import Entry, pickle_refused, read_header
-from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, escape, suggestion
+from merganser.checkpoint._kinds import pickle_refused
+from merganser.checkpoint._safetensors import Entry, read_header
+from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, escape
 
-__all__ = ["FileCheckpoint", "open_folder"]
+__all__ = ["open_file", "open_folder", "refuse_unmergeable", "unreadable"]
 
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_FOREIGN = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".tflite")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_QUANTISED_SUFFIXES = ("qweight", "qzeros", "weight_scale_inv", "SCB", "_blocks", "_scales")
-
-
-class FileCheckpoint(Checkpoint):
-    """Tensors in safetensors files, read by offset; no file is held in memory.
-
-    Args:
-        files: every tensor's file. A name that is missing here is not part of the model.
-        headers: the tensors of each file.
-        label: how messages call the model.
-        folder: its folder, if it is one.
-        config: the parsed configuration.
-        warnings: what was noticed.
-        pool: the open files, shared by the models of a merge.
-    """
-
-    def __init__(
-        self,
-        files: Mapping[str, Path],
-        headers: Mapping[Path, Mapping[str, Entry]],
-        *,
-        label: str,
-        folder: Path | None,
-        config: Mapping[str, Any] | None,
-        warnings: Sequence[str] = (),
-        pool: FilePool | None = None,
-    ) -> None:
-        self.label = label
-        self.folder = folder
-        self.config = config
-        self.warnings = tuple(warnings)
-        self._files = files
-        self._entries = {name: headers[file][name] for name, file in files.items()}
-        self._pool = pool or FilePool()
-        self._stamps = {path: _stamp(path) for path in headers}
-        self._specs: dict[str, BlockSpec] = {}
-        for name, entry in self._entries.items():
-            dtype = entry.dtype
-            role = infer_role(name, entry.shape, is_float=dtype.is_floating_point)
-            self._specs[name] = BlockSpec(name, entry.shape, dtype, role)
-
-    def specs(self) -> Mapping[str, BlockSpec]:
-        """All tensors by name."""
-        return self._specs
-
-    def place_of(self, name: str) -> str:
-        """The file that holds the tensor."""
-        return str(self._files[name]) if name in self._files else self.label
-
-    def read_range(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
-        """Read elements of the flattened tensor into `out`."""
-        if name not in self._entries:
-            raise InputError(
-                "E0405",
-                f"the model has no tensor `{name}`",
-                places=Place(file=self.label, tensor=name),
-                fix=suggestion(name, self._entries),
-            )
-        if start == stop:
-            return
-        entry, file = self._entries[name], self._files[name]
-        view = out.view(torch.uint8).numpy().data
-        with self._pool.borrow(file) as fd:
-            read_into(fd, view, entry.start + start * out.element_size(), str(file))
-
-    def check_unchanged(self) -> None:
-        """Check that no file was rewritten or replaced since its header was read.
-
-        Raises:
-            InputError: E0412.
-        """
-        for path, stamp in self._stamps.items():
-            if _stamp(path) != stamp:
-                raise InputError(
-                    "E0412",
-                    "the file changed while it was read",
-                    places=Place(file=str(path)),
-                    fix="run the merge again",
-                )
-
-    def close(self) -> None:
-        """Close the files; a later read opens them again."""
-        self._pool.close()
-
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the model's tensors, each once, in order of their names."""
-        return tuple(sorted(set(self._files.values())))
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is rewritten or replaced."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+_QUANTISED_SUFFIXES = ("qweight", "qzeros", "_blocks", "_scales")
+_SCALE_SUFFIXES = ("weight_scale_inv", ".SCB")
 
 
 def _read_entries(path: Path) -> Mapping[str, Entry]:
@@ -200,9 +108,17 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
         raise InputError(
             "E0401", "the download of the model is not complete", places=Place(file=str(folder / incomplete[0]))
         )
-    pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")) and n != "training_args.bin")
+    pickles = sorted(n for n in names if n.endswith(_PICKLES) and n != "training_args.bin")
     if pickles:
         raise pickle_refused(str(folder / pickles[0]))
+    foreign = sorted(n for n in names if n.endswith(_FOREIGN))
+    if foreign:
+        raise InputError(
+            "E0403",
+            "the model's weights are in a format that is not read",
+            places=Place(file=str(folder / foreign[0])),
+            fix="get the model's safetensors weights, or convert it",
+        )
     raise InputError(
         "E0401",
         "the folder holds no safetensors weights",
@@ -242,7 +158,7 @@ def refuse_unmergeable(checkpoint: Checkpoint) -> None:
     """
     for name, spec in checkpoint.specs().items():
         kind = str(spec.dtype).removeprefix("torch.")
-        packed = not spec.is_float and name.endswith(_QUANTISED_SUFFIXES)
+        packed = name.endswith(_SCALE_SUFFIXES) or (not spec.is_float and name.endswith(_QUANTISED_SUFFIXES))
         eight_bit_weight = kind in ("int8", "uint8") and name.endswith(".weight") and len(spec.shape) >= 2
         if kind.startswith(("float8", "complex")) or packed or eight_bit_weight:
             raise InputError(
@@ -279,7 +195,9 @@ def _read_index(
             raise InputError(
                 "E0404",
                 "the index places the tensor in a shard that does not hold it",
-                places=Place(file=str(path), tensor=name),
+                places=[Place(file=str(path), tensor=name), Place(file=str(index), tensor=name)],
+                why="the index is that of another version of the model, or was written by hand",
+                fix="download the model again, index and shards together",
             )
     for path, entries in headers.items():
         unlisted = [name for name in entries if name not in files]
@@ -304,7 +222,11 @@ def _inside(path: Path, folder: Path, shown: str) -> None:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            "E0404", f"the file is a broken or circular link: {shown}", places=Place(file=str(path)), why=str(error)
+            "E0404",
+            f"the file is a broken or circular link: {shown}",
+            places=Place(file=str(path)),
+            why=str(error),
+            fix="copy the file into the folder, or download it again",
         ) from None
     root = folder.resolve()
     if real.is_relative_to(root):

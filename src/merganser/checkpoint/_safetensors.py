@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merganser._torch import torch
+from merganser.checkpoint._kinds import refuse_other_kinds
 from merganser.checkpoint._stream import ObjectStream
-from merganser.errors import InputError, Place, SecurityError
+from merganser.errors import InputError, Place
 
 if TYPE_CHECKING:
     from merganser.blocks import BlockSpec
@@ -29,14 +30,13 @@ __all__ = [
     "Header",
     "build_header",
     "dtype_code",
-    "pickle_refused",
     "read_header",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 MAX_TENSORS = 1_000_000
-MAX_METADATA = 32_000_000
+MAX_METADATA = 16_000_000
 MAX_METADATA_KEYS = 10_000
 
 DTYPE_NAMES: Mapping[str, tuple[str, int]] = {
@@ -127,7 +127,7 @@ def read_header(fd: int, file: str) -> Header:
     size = os.fstat(fd).st_size
     prefix = os.pread(fd, 64, 0)
     if prefix[8:9] != b"{":
-        _sniff(prefix, file)
+        refuse_other_kinds(prefix, file)
     if size < 8:
         raise _damaged(file, f"the file has {size} bytes; a safetensors file has at least 8")
     (length,) = struct.unpack("<Q", prefix[:8])
@@ -272,36 +272,6 @@ def _twice(file: str, key: str, *, tensor: str | None = None) -> InputError:
         places=Place(file=file, tensor=tensor or key),
         why="which of the two values counts is undefined",
         fix=_FIX,
-    )
-
-
-_MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (b"GGUF", "a GGUF file", "get the model's original safetensors weights"),
-    (b"<!DOCTYPE", "an HTML page", "download the file again; the address gave a web page"),
-    (b"<!doctype", "an HTML page", "download the file again; the address gave a web page"),
-    (b"<html", "an HTML page", "download the file again; the address gave a web page"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
-)
-
-
-def _sniff(prefix: bytes, file: str) -> None:
-    text = prefix.lstrip(b"\xef\xbb\xbf \t\r\n")
-    for magic, kind, fix in _MAGIC:
-        if text.startswith(magic):
-            raise InputError("E0403", f"the file is {kind}", places=Place(file=file), fix=fix)
-    old_pickle = prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    if old_pickle or prefix.startswith(b"PK\x03\x04"):
-        raise pickle_refused(file)
-
-
-def pickle_refused(file: str) -> SecurityError:
-    """The error for weights in a pickle, which are never opened."""
-    return SecurityError(
-        "E0502",
-        "the weights are a pickle, which can run code when it is read; they are not opened",
-        places=Place(file=file),
-        fix="get the model's safetensors weights, or convert the file yourself where you trust its author",
     )
 
 

@@ -35,10 +35,12 @@ def diff(
         groups.setdefault(name if full else group_of(name), []).append(difference)
     rows = {name: Difference.total(parts) for name, parts in groups.items()}
     whole = Difference.total(list(found.values()))
+    warnings = [text for model in (first, second, origin) if model is not None for text in model.warnings]
     if json:
         emit(
             {
                 **structure,
+                "warnings": warnings,
                 "kind": "weights" if base is None else "task vectors",
                 "rows": {name: _data(row) for name, row in rows.items()},
                 "total": _data(whole),
@@ -69,6 +71,8 @@ def diff(
         if base is not None
         else "norms and cosine are those of the weights; give --base to compare task vectors"
     )
+    for text in warnings:
+        print(f"warning: {escape(text)}")
 
 
 def _structure(first: Any, second: Any) -> dict[str, list[str]]:

@@ -206,7 +206,7 @@ def check_configs(checkpoints: Sequence[Checkpoint], heads_apart: bool) -> None:
             raise InputError(
                 "E0409",
                 f"the models have different architectures: `{ours}` and `{theirs}`",
-                places=[Place(file=str(c.folder or c.label), key="model_type") for c in (first, checkpoint)],
+                places=[Place(file=_config_of(c), key="model_type") for c in (first, checkpoint)],
             )
     labelled = [c for c in configured if (c.config or {}).get("id2label") is not None and _has_head(c)]
     for checkpoint in () if heads_apart else labelled[1:]:
@@ -214,9 +214,13 @@ def check_configs(checkpoints: Sequence[Checkpoint], heads_apart: bool) -> None:
             raise InputError(
                 "E0411",
                 "the models predict different label sets, so averaging their heads has no meaning",
-                places=[Place(file=str(c.folder or c.label), key="id2label") for c in (labelled[0], checkpoint)],
+                places=[Place(file=_config_of(c), key="id2label") for c in (labelled[0], checkpoint)],
                 fix="set `heads: exclude` (--heads exclude), or `heads: keep-from MODEL`",
             )
+
+
+def _config_of(checkpoint: Checkpoint) -> str:
+    return checkpoint.label if checkpoint.folder is None else str(checkpoint.folder / "config.json")
 
 
 def _has_head(checkpoint: Checkpoint) -> bool:
@@ -231,6 +235,8 @@ def _check_layers(checkpoint: Checkpoint, place: Place) -> None:
             "E0409",
             f"config.json says {claimed} layers, the weights have {next(iter(stems.values()))}",
             places=Place(file=place.file, key="num_hidden_layers"),
+            why="loading such a model leaves layers out, or fills them with random numbers",
+            fix="download the model again, or correct the number if the weights are complete",
         )
 
 

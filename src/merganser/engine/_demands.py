@@ -74,6 +74,7 @@ class Demands:
             check_evidence(self._base_evidence, checkpoint)
         self._weights: Checkpoint | None = None
         self._used: set[str] = set()
+        self._described = False
         self._unmatched: dict[int, tuple[str, Checkpoint, set[str]]] = {}
         if recipe.init is not None and is_method(recipe.init):
             self.start = init_method(recipe.init)
@@ -109,7 +110,7 @@ class Demands:
             raise RecipeError(
                 "E0308",
                 "the only model is the base itself, so there is nothing to merge into it",
-                places=Place(file=self._recipe.file, key="models"),
+                places=self._recipe.place("models"),
             )
         return members
 
@@ -150,7 +151,7 @@ class Demands:
             raise RecipeError(
                 "E0308",
                 f"`{method.name}` tries merges before it knows its plan",
-                places=Place(file=recipe.file, key="merge_method"),
+                places=recipe.place("merge_method"),
                 fix="merge with an evaluator (evaluator=, or --eval-cmd)",
             )
         if "data" in requires:
@@ -164,7 +165,7 @@ class Demands:
             raise RecipeError(
                 "E0308",
                 f"`{method.name}` needs the base model that the others were fine-tuned from",
-                places=Place(file=recipe.file, key="base_model"),
+                places=recipe.place("base_model"),
                 fix="give it with --base, `base_model:` or base=",
             )
         kinds = requires & set(TABLES)
@@ -174,18 +175,29 @@ class Demands:
             raise RecipeError(
                 "E0308",
                 f"`{method.name}` needs statistics of every model: {', '.join(sorted(kinds))}",
-                places=Place(file=recipe.file, key="statistics"),
+                places=recipe.place("statistics"),
                 fix=f"collect them (merganser collect MODEL --data FILE --kinds {wanted} -o stats.safetensors), and "
                 "give them with --statistics, `statistics:` or statistics=",
             )
 
     def check_used(self) -> None:
-        """Refuse statistics, an initialisation and tensors of options that no tensor's method has a use for.
+        """Refuse what no tensor's method has a use for, and statistics without any of the kinds that it needs.
 
         Raises:
-            RecipeError: E0305.
-            InputError: E0406.
+            RecipeError: E0305, statistics or an initialisation.
+            InputError: E0406, tensors of an option; E0418, the statistics.
         """
+        kinds = sorted(self._used & set(TABLES))
+        if kinds and not self._described:
+            evidence = next(iter(self._evidence.values()))
+            held = sorted(kind for kind in TABLES if evidence.statistics.table(kind))
+            raise InputError(
+                "E0418",
+                f"the statistics hold no {' and '.join(kinds)} of any tensor that is merged",
+                places=Place(file=evidence.label, key=kinds[0]),
+                why=f"they hold {', '.join(held)}" if held else "they hold nothing",
+                fix=f"collect them (merganser collect MODEL --data FILE --kinds {','.join(kinds)})",
+            )
         for option, checkpoint, names in self._unmatched.values():
             if not names:
                 continue
@@ -207,9 +219,7 @@ class Demands:
             ),
         ):
             if given:
-                raise RecipeError(
-                    "E0305", f"`{self._method.name}` does not use {what}", places=Place(file=self._recipe.file, key=key)
-                )
+                raise RecipeError("E0305", f"`{self._method.name}` does not use {what}", places=self._recipe.place(key))
 
     def statistics(
         self, sources: Sequence[Source], inputs: Sequence[Input], requires: frozenset[str]
@@ -233,6 +243,7 @@ class Demands:
                 places=lacking.place,
                 fix="collect the same kinds from all models",
             )
+        self._described = self._described or all(having)
         return found if all(having) else ()
 
     def base_statistics(self, base: Input) -> TensorEvidence | None:

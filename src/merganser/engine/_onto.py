@@ -12,10 +12,9 @@ from merganser._torch import torch
 from merganser.checkpoint import read_json
 from merganser.engine._card import public_name
 from merganser.engine._commit import LOCK_FILE
-from merganser.engine._plan import parse_dtype
 from merganser.errors import InputError, MerganserError, Place, RecipeError
 from merganser.methods import Method, create_method
-from merganser.recipe import Recipe, simple_recipe
+from merganser.recipe import Recipe, parse_dtype, simple_recipe
 
 __all__ = ["onto_recipe"]
 

@@ -15,14 +15,13 @@ from merganser.engine._executor import available_cores
 from merganser.engine._profile import predict_seconds
 from merganser.engine._rules import TensorRules
 from merganser.engine._tensor import Input, TensorPlan
-from merganser.errors import InputError, Place, RecipeError, ResourceError, UsageError, suggestion
+from merganser.errors import InputError, Place, RecipeError, ResourceError, UsageError
 from merganser.methods import Method, find_method
-from merganser.recipe import Recipe
+from merganser.recipe import Recipe, parse_dtype
 
-__all__ = ["DEFAULT_MEMORY", "Plan", "make_plan", "parse_dtype"]
+__all__ = ["DEFAULT_MEMORY", "Plan", "make_plan"]
 
 DEFAULT_MEMORY = 1_000_000_000
-_FLOAT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
 _LARGEST_BLOCK = 1 << 20
 _WORKING_SET = 1 << 23
 _COUNTER_BYTES = 8
@@ -112,27 +111,6 @@ class Plan:
         return f"merged {len(self.tensors) - copied}, copied {copied}, left out {len(self.omitted)}"
 
 
-def parse_dtype(name: str | torch.dtype | None, *, file: str | None = None) -> torch.dtype | None:
-    """The torch type of a name such as ``bfloat16``, ``bf16`` or ``torch.bfloat16``.
-
-    Raises:
-        RecipeError: E0311, unknown or not floating-point.
-    """
-    if name is None:
-        return None
-    text = str(name).removeprefix("torch.")
-    text = {short: long for long, short in _FLOAT_TYPES.items()}.get(text, text)
-    if text not in _FLOAT_TYPES:
-        raise RecipeError(
-            "E0311",
-            f"`{name}` is not a type for merged weights",
-            places=Place(file=file, key="dtype"),
-            fix=suggestion(text, _FLOAT_TYPES),
-        )
-    value: torch.dtype = getattr(torch, text)
-    return value
-
-
 def make_plan(
     recipe: Recipe,
     *,
@@ -166,7 +144,7 @@ class _Planner:
     def plan(self) -> Plan:
         recipe, opened = self.recipe, self.models
         method = find_method(recipe.method) if isinstance(recipe.method, str) else type(recipe.method)
-        dtype = parse_dtype(recipe.dtype, file=recipe.file)
+        dtype = parse_dtype(recipe.dtype, recipe.place("dtype"))
         base = None if recipe.base is None else opened.open(recipe.base, "base")
         models = [opened.open(m, f"models[{i}]") for i, m in enumerate(recipe.models())]
         reference = base or models[0]

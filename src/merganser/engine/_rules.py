@@ -13,7 +13,7 @@ from merganser.engine._compare import check_names, check_shapes
 from merganser.engine._demands import Demands, OpenModels
 from merganser.engine._slices import SliceRules, depth
 from merganser.engine._tensor import Input, TensorPlan
-from merganser.errors import Place, RecipeError, escape
+from merganser.errors import RecipeError, escape
 from merganser.methods import Method
 from merganser.recipe import Recipe, Source, filters_of
 
@@ -66,7 +66,7 @@ class TensorRules:
             raise RecipeError(
                 "E0306",
                 f"`heads` is {heads!r}; it must be merge, exclude, or keep-from MODEL",
-                places=Place(file=self._recipe.file, key="heads"),
+                places=self._recipe.place("heads"),
             )
         return self._models.open(model.strip())
 
@@ -90,7 +90,7 @@ class TensorRules:
             raise RecipeError(
                 "E0310",
                 "every source of a slice needs a layer_range",
-                places=Place(file=self._recipe.file, key="slices"),
+                places=self._recipe.place("slices"),
             )
         else:
             result = list(self._left_out_tensors(participants, names))
@@ -257,6 +257,6 @@ class TensorRules:
                     raise RecipeError(
                         "E0309",
                         f"the filter `{text}` of parameter `{key}` occurs in no tensor's name",
-                        places=Place(file=self._recipe.file, key=key),
+                        places=self._recipe.place(key),
                         fix="filters are parts of names, e.g. `self_attn` or `mlp`; see `merganser inspect`",
                     )

@@ -75,7 +75,7 @@ def start(
         raise RecipeError(
             "E0308",
             f"`{method.name}` tries merges and needs an evaluator that measures them",
-            places=Place(file=recipe.file, key="evaluator"),
+            places=recipe.place("evaluator"),
             fix="give evaluator=, a function of the merged state dict that returns a number (more is better), or "
             "--eval-cmd COMMAND",
         )
@@ -83,7 +83,7 @@ def start(
         raise RecipeError(
             "E0310",
             f"`{method.name}` merges whole models with the same options everywhere",
-            places=Place(file=recipe.file, key="slices"),
+            places=recipe.place("slices"),
         )
     trials = RecipeTrials(recipe, evaluator, device, max_memory, threads, base_is_model=method.base_is_model)
     trials.check(method)
@@ -121,9 +121,7 @@ class RecipeTrials:
         sources = recipe.slices[0].sources
         kept = [k for k, s in enumerate(sources) if base_is_model or not same_model(s.model, recipe.base)]
         if not kept:
-            raise RecipeError(
-                "E0308", "the only model is the base itself", places=Place(file=recipe.file, key="models")
-            )
+            raise RecipeError("E0308", "the only model is the base itself", places=recipe.place("models"))
         self._sources = [sources[k] for k in kept]
         self.models = len(kept)
         self.labels = tuple(_label(sources[k].model, k) for k in kept)
@@ -142,7 +140,7 @@ class RecipeTrials:
             raise RecipeError(
                 "E0308",
                 f"`{method.name}` needs the base model that the others were fine-tuned from",
-                places=Place(file=self._recipe.file, key="base_model"),
+                places=self._recipe.place("base_model"),
                 fix="give it with --base, `base_model:` or base=",
             )
 

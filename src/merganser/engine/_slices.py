@@ -41,7 +41,7 @@ class SliceRules:
         self._recipe = recipe
         self._models = models
         self._demands = demands
-        self._place = Place(file=recipe.file, key="slices")
+        self._place = recipe.place("slices")
         reference = participants[0]
         self._stem = self._only_stem(names[id(reference)])
         self._outer = [name for name in names[id(reference)] if layer_of(name) is None]
@@ -95,14 +95,14 @@ class SliceRules:
                     "E0310",
                     f"layer_range [{low}, {high}] does not exist: {checkpoint.label} has layers 0 to {count - 1}, and "
                     "the second number is one past the last",
-                    places=self._place,
+                    places=self._recipe.place("layer_range"),
                 )
             widths.add(high - low)
         if len(widths) != 1:
             raise RecipeError(
                 "E0310",
                 f"the sources of a slice have different numbers of layers: {sorted(widths)}",
-                places=self._place,
+                places=self._recipe.place("layer_range"),
             )
         return widths.pop()
 

@@ -15,6 +15,8 @@ from merganser.methods._options import option
 
 __all__ = ["Fisher", "check_sign"]
 
+_LARGEST_EXPONENT = 64
+
 
 @dataclass(frozen=True)
 class Fisher(Method, name="fisher"):
@@ -68,7 +70,10 @@ class Fisher(Method, name="fisher"):
             for own, part in zip(parts, squares, strict=False):
                 own.append(part)
         norms = [math.sqrt(kernels.exact_sum(own)) for own in parts]
-        return [1 / norm if norm > 0 else 1.0 for norm in norms]
+        factors = [1 / norm if norm > 0 else 1.0 for norm in norms]
+        # only their ratios count; those of denormal Fishers would be infinite in float32
+        _, exponent = math.frexp(max(factors, default=1.0))
+        return factors if exponent < _LARGEST_EXPONENT else [math.ldexp(factor, -exponent) for factor in factors]
 
     def merge(self, block: Block, state: list[float]) -> torch.Tensor:
         """The weighted sums of one block, and their quotient."""

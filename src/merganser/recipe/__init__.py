@@ -1,5 +1,6 @@
 """Recipes: the grammar of the files, their settings, and what they all become."""
 
+from merganser.recipe._dtype import parse_dtype
 from merganser.recipe._load import load_recipe
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source, filters_of, same_model, simple_recipe
 from merganser.recipe._settings import Parameters, Setting, constant
@@ -15,6 +16,7 @@ __all__ = [
     "constant",
     "filters_of",
     "load_recipe",
+    "parse_dtype",
     "parse_scalar",
     "same_model",
     "simple_recipe",

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merganser.errors import EnvironmentFault, Place, RecipeError, nearest, suggestion
+from merganser.errors import EnvironmentFault, Place, RecipeError, suggestion
 from merganser.methods import create_method, find_method, option_info
+from merganser.recipe._dtype import parse_dtype
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source
+from merganser.recipe._refusal import place_of, refusal
 from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters
 from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
 
@@ -54,14 +56,22 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         raise RecipeError("E0301", "the recipe is not a mapping of keys", places=Place(file=file, line=1))
     for key, advice in _UNSUPPORTED.items():
         if key in data:
-            raise RecipeError("E0302", f"the key `{key}` is not supported", places=_place(document, (key,)), fix=advice)
+            raise RecipeError(
+                "E0302", f"the key `{key}` is not supported", places=place_of(document, (key,)), fix=advice
+            )
     try:
         parsed = RecipeFile.model_validate(data)
     except ValidationError as error:
-        raise _from_pydantic(document, error.errors()[0]) from None
+        details = error.errors()
+        unknown = (detail for detail in details if detail["type"] == "extra_forbidden")
+        raise refusal(document, next(unknown, details[0])) from None
     if (parsed.models is None) == (parsed.slices is None):
+        place = place_of(document, ("slices",) if parsed.models else ())
         raise RecipeError(
-            "E0303", "a recipe has exactly one of `models` and `slices`", places=Place(file=file, key="models")
+            "E0303",
+            "a recipe has exactly one of `models` and `slices`",
+            places=place,
+            fix="remove one of them" if parsed.models else "add `models:`, a list of `- model: PATH`",
         )
 
     def settings(raw: Mapping[str, Any], *path: str | int, method: str = parsed.merge_method) -> Parameters:
@@ -110,15 +120,17 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         bases = [part.base_model for part in parsed.slices if part.base_model is not None]
         base = parsed.base_model or (bases[0] if bases else None)
         if any(other != base for other in bases):
-            raise RecipeError("E0310", "the slices name different base models", places=Place(file=file, key="slices"))
+            raise RecipeError("E0310", "the slices name different base models", places=place_of(document, ("slices",)))
     base = None if base is None else _reference(document, base, ("base_model",))
     files_from = None if parsed.files_from is None else _reference(document, parsed.files_from, ("files_from",))
+    for key, name in (("dtype", parsed.dtype), ("out_dtype", parsed.out_dtype)):
+        parse_dtype(name, place_of(document, (key,)))
     tokenizer = parsed.tokenizer_source
     if tokenizer == "union":
         raise RecipeError(
             "E0306",
             "vocabularies are not merged; `tokenizer_source: union` is not supported",
-            places=_place(document, ("tokenizer_source",)),
+            places=place_of(document, ("tokenizer_source",)),
             fix="use `base` or the path of one model; their embeddings must have the same shape",
         )
     return Recipe(
@@ -146,7 +158,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         title=parsed.name,
         text=text,
         file=file,
-        lines=_setting_lines(document),
+        lines=_key_lines(document),
     )
 
 
@@ -159,7 +171,7 @@ def _init(document: Document, value: Any) -> Any:
         raise RecipeError(
             "E0303",
             "`init` names no `method`",
-            places=_place(document, ("init",)),
+            places=place_of(document, ("init",)),
             fix="write `init: {method: task_arithmetic, scale: 0.3}`, or a method or a model alone",
         )
     options = {key: item for key, item in value.items() if key != "method"}
@@ -170,13 +182,15 @@ def _init(document: Document, value: Any) -> Any:
         raise _located(error, document, ("init", key if key in options else "method")) from None
 
 
-def _setting_lines(document: Document) -> dict[str, int]:
-    """The first line of every setting, by its name."""
+def _key_lines(document: Document) -> dict[str, int]:
+    """The first line of every key, by its name; of settings, where they have a key's name."""
     lines: dict[str, int] = {}
+    settings: dict[str, int] = {}
     for path, line in document.lines.items():
-        if len(path) >= 2 and path[-2] == "parameters" and isinstance(path[-1], str):
-            lines[path[-1]] = min(line, lines.get(path[-1], line))
-    return lines
+        if path and isinstance(path[-1], str):
+            found = settings if path[-2:-1] == ("parameters",) else lines
+            found[path[-1]] = min(line, found.get(path[-1], line))
+    return lines | settings
 
 
 def _check_method(document: Document, method: str, path: tuple[str | int, ...]) -> None:
@@ -203,7 +217,7 @@ def _check_name(document: Document, method: str, key: str, path: tuple[str | int
     if key == "lambda" or key in known:
         return
     fix = "use `weight`" if key == "weights" else suggestion(key, [*known, "weight"])
-    raise RecipeError("E0305", f"`{method}` has no parameter `{key}`", places=_place(document, path), fix=fix)
+    raise RecipeError("E0305", f"`{method}` has no parameter `{key}`", places=place_of(document, path), fix=fix)
 
 
 def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> str:
@@ -213,13 +227,13 @@ def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> s
         unknown = set(node) - {"model", "path", "revision", "lora", "override_architecture"}
         if unknown:
             raise RecipeError(
-                "E0302", f"unknown key `{sorted(unknown)[0]}` in a model reference", places=_place(document, path)
+                "E0302", f"unknown key `{sorted(unknown)[0]}` in a model reference", places=place_of(document, path)
             )
         if node.get("lora") or node.get("override_architecture"):
             raise RecipeError(
                 "E0302",
                 "adapters and overridden architectures are not supported in a model reference",
-                places=_place(document, path),
+                places=place_of(document, path),
                 fix="merge the adapter into its base first, and name the result",
             )
         revision = node.get("revision")
@@ -227,52 +241,9 @@ def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> s
         if revision and isinstance(node, str):
             node = f"{node}@{revision}"
     if not isinstance(node, str) or not node:
-        raise RecipeError("E0303", "the model is not named by a path", places=_place(document, path))
+        raise RecipeError("E0303", "the model is not named by a path", places=place_of(document, path))
     return node
 
 
-def _place(document: Document, path: tuple[str | int, ...]) -> Place:
-    key = next((str(step) for step in reversed(path) if isinstance(step, str)), None)
-    return Place(file=document.file, key=key, line=document.line(path))
-
-
 def _located(error: RecipeError, document: Document, path: tuple[str | int, ...]) -> RecipeError:
-    return RecipeError(error.code, error.message, places=_place(document, path), why=error.why, fix=error.fix)
-
-
-def _from_pydantic(document: Document, detail: Any) -> RecipeError:
-    path = tuple(step for step in detail["loc"] if not (isinstance(step, str) and step in ("str", "dict[str,any]")))
-    place = _place(document, path)
-    key = str(path[-1]) if path else ""
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(path)
-        close = nearest(key, known)
-        return RecipeError(
-            "E0302",
-            f"the recipe has no key `{key}`" + (" here" if len(path) > 1 else ""),
-            places=place,
-            fix=f"did you mean `{close}`?" if close else f"known keys: {', '.join(sorted(known))}",
-        )
-    if detail["type"] == "missing":
-        return RecipeError(
-            "E0303",
-            f"the key `{key}` is missing",
-            places=Place(file=document.file, key=key, line=document.line(path[:-1])),
-        )
-    return RecipeError("E0303", f"`{key}`: {detail['msg'].lower()}", places=place)
-
-
-def _known_keys(path: tuple[str | int, ...]) -> list[str]:
-    from pydantic import BaseModel
-
-    from merganser.recipe._schema import ModelEntry, RecipeFile, RuleEntry, SliceEntry, SourceEntry
-
-    words = [step for step in path[:-1] if isinstance(step, str)]
-    table: dict[tuple[str, ...], type[BaseModel]] = {
-        (): RecipeFile,
-        ("models",): ModelEntry,
-        ("slices",): SliceEntry,
-        ("slices", "sources"): SourceEntry,
-        ("rules",): RuleEntry,
-    }
-    return list(table.get(tuple(words), RecipeFile).model_fields)
+    return RecipeError(error.code, error.message, places=place_of(document, path), why=error.why, fix=error.fix)

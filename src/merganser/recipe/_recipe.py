@@ -63,7 +63,7 @@ class Recipe:
         exclude: patterns of tensors that are not merged.
         only: patterns of the tensors that are merged, all others are not; empty for all.
         heads: ``"merge"``, ``"exclude"`` or ``"keep-from MODEL"``.
-        lines: the line of every setting in that file, by its name.
+        lines: the line of every key in that file, by its name; the first of several.
         files_from: whose configuration and side files are taken; None means the base, else the first model.
         tokenizer_from: whose tokenizer files are taken; None means as `files_from`.
         title: for the model card.
@@ -142,7 +142,7 @@ class Recipe:
                 raise RecipeError(
                     "E0309",
                     f"parameter `{key}` of tensor `{output}` is set for some models and has no value for others",
-                    places=Place(file=self.file, key=key),
+                    places=self.place(key),
                     fix="give it a value under the recipe's `parameters` as well",
                 )
             options[key] = values[0] if all(value == values[0] for value in values) else tuple(values)
@@ -190,9 +190,12 @@ class Recipe:
         key = error.places[0].key if error.places else None
         if self.file is None or key is None:
             return error
-        line = self.lines.get(key, self.lines.get("lambda") if key == "scale" else None)
-        place = Place(file=self.file, key=key, line=line)
-        return RecipeError(error.code, error.message, places=place, why=error.why, fix=error.fix)
+        return RecipeError(error.code, error.message, places=self.place(key), why=error.why, fix=error.fix)
+
+    def place(self, key: str) -> Place:
+        """Where a key is written: the file, and the first line with it."""
+        names = {"scale": "lambda", "weights": "weight", "dtype": "out_dtype"}
+        return Place(file=self.file, key=key, line=self.lines.get(key, self.lines.get(names.get(key, ""))))
 
     def _weights(
         self, shared: list[Parameters], sources: Sequence[Source], names: Sequence[str], output: str, position: float
@@ -204,9 +207,7 @@ class Recipe:
                 value = unwrap(_first(shared, "weight", output, position))
                 value = value[index] if isinstance(value, tuple) else 1.0 if value is None else value
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise RecipeError(
-                    "E0307", f"the weight {value!r} is not a number", places=Place(file=self.file, key="weight")
-                )
+                raise RecipeError("E0307", f"the weight {value!r} is not a number", places=self.place("weight"))
             weights.append(float(value))
         return tuple(weights)
 

@@ -75,6 +75,8 @@ def parse_yaml(raw: bytes, file: str) -> Document:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise _fault(file, 1, "the file is UTF-16, not UTF-8 text", fix="save it as UTF-8") from None
         line = raw[: error.start].count(b"\n") + 1
         raise _fault(file, line, "the file is not UTF-8 text", fix="save it as UTF-8") from None
     try:
@@ -84,6 +86,10 @@ def parse_yaml(raw: bytes, file: str) -> Document:
         raise _fault(
             file, mark.line + 1 if mark else None, f"not valid YAML: {error.problem or error.context}"
         ) from None
+    except yaml.reader.ReaderError as error:
+        found = str(error.character) if isinstance(error.character, bytes) else f"U+{error.character:04X}"
+        line = text.count("\n", 0, error.position) + 1
+        raise _fault(file, line, f"the character {found} is not allowed in YAML", fix="remove it") from None
     except yaml.YAMLError as error:
         raise _fault(file, None, f"not valid YAML: {error}") from None
 

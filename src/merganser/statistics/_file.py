@@ -212,7 +212,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         table, _, name = key.partition("/")
         if table not in TABLES or not name or not entry.dtype.is_floating_point:
             raise InputError("E0418", "the tensor is no statistic", places=Place(file=str(file), tensor=key))
-        base.check_shape(table, name, entry.shape)
+        base.check_shape(table, name, entry.shape, file=str(file))
         stored[table][name] = (entry.shape, entry.dtype)
         owners[table][name] = name
     for alias, owner in facts["aliases"].items():
@@ -245,6 +245,14 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     )
 
 
+def _parsed(text: str, key: str, file: Path) -> Any:
+    try:
+        return parse_json(text.encode(), str(file), "E0418")
+    except InputError as error:
+        place = Place(file=str(file), key=key)
+        raise InputError("E0418", f"the metadata are damaged: {error.message}", places=place, why=error.why) from None
+
+
 _LONGEST_FACT = 16_000_000
 _FACTS: Mapping[str, type] = {"counts": dict, "aliases": dict, "transposed": list, "provenance": dict}
 
@@ -253,8 +261,14 @@ def _fact(header: Header, key: str, kind: type, file: Path) -> Any:
     text = header.metadata.get(key)
     if text is not None and len(text) > _LONGEST_FACT:
         raise InputError("E0418", "the metadata are too long", places=Place(file=str(file), key=key))
-    value = None if text is None else parse_json(text.encode(), str(file), "E0418")
+    value = None if text is None else _parsed(text, key, file)
     good = isinstance(value, kind)
+    if key == "provenance" and isinstance(value, dict):
+        model = value.get("model", {})
+        digests = model.get("weights", {}) if isinstance(model, dict) else None
+        data = value.get("data", [])
+        good = isinstance(digests, dict) and isinstance(data, list) and all(isinstance(d, dict) for d in data)
+        good = good and type(value.get("examples", 0)) is int
     if isinstance(value, dict) and key == "counts":
         good = all(type(count) is int and count >= 0 for count in value.values())
     if isinstance(value, list):

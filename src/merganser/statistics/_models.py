@@ -136,16 +136,29 @@ def _silent(package: Any) -> Iterator[None]:
 
 
 def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, frozenset[str]]:
-    """The model, and the weights that its files do not hold (which are random, and must not be measured)."""
+    """The model, and the weights that its files do not hold (which are random, and must not be measured).
+
+    Raises:
+        InputError: E0409, transformers cannot make the model of its configuration, or the weights are of another.
+    """
     package = transformers()
-    with _silent(package):
-        model, info = getattr(package, folder.loader).from_pretrained(
-            str(folder.path),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    try:
+        with _silent(package):
+            model, info = getattr(package, folder.loader).from_pretrained(
+                str(folder.path),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise InputError(
+            "E0409",
+            "transformers cannot load the model: configuration and weights do not fit together",
+            places=Place(file=str(folder.path / "config.json")),
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            fix="download the model again, or load it yourself and pass the module to merganser.collect",
+        ) from None
     missing = frozenset(str(name) for name in info["missing_keys"])
     return model.to(device=device, dtype=dtype), missing
 

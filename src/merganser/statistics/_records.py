@@ -178,7 +178,7 @@ class Records:
 
     def _example(self, line: int, text: str) -> Example:
         try:
-            record = json.loads(text, parse_constant=_no_constant)
+            record = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise self._fault("E0414", "the line is not valid JSON", line, why=str(error)) from None
         if not isinstance(record, dict):
@@ -225,6 +225,14 @@ class Records:
             known = f"0..{labels.count - 1}" + (f", {', '.join(sorted(labels.names)[:12])}" if labels.names else "")
             raise self._fault("E0416", f"the model has no label {value!r}", line, fix=f"its labels are {known}")
         return index
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key `{next(key for key in keys if keys.count(key) > 1)}` appears twice")
+    return found
 
 
 def _no_constant(text: str) -> Any:

@@ -205,7 +205,7 @@ def check_weights(digests: Mapping[str, str], checkpoint: Checkpoint) -> None:
             )
 
 
-def check_shape(table: str, name: str, shape: tuple[int, ...]) -> None:
+def check_shape(table: str, name: str, shape: tuple[int, ...], *, file: str | None = None) -> None:
     square = len(shape) == 2 and shape[0] == shape[1]
     fits = {
         "gram": square or len(shape) == 1,
@@ -217,7 +217,9 @@ def check_shape(table: str, name: str, shape: tuple[int, ...]) -> None:
     }[table]
     if not fits:
         raise InputError(
-            "E0418", f"`{table}` has the shape {'x'.join(map(str, shape))}", places=Place(tensor=name, key=table)
+            "E0418",
+            f"the {table} of `{name}` has the shape {list(shape)}, which no {table} has",
+            places=Place(file=file, tensor=f"{table}/{name}"),
         )
 
 
