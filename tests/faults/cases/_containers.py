@@ -135,7 +135,7 @@ CONTAINERS = (
     _case("header_2GB_sparse", 5, _sparse(2_000_000_000, 2_000_000_100)),
     _case("header_1GB_sparse", 5, _sparse(1_000_000_000, 1_000_000_008)),
     _case("header_100MB_zeros", 5, _sparse(100_000_000, 1_000_000_000), **_HUGE),
-    Case("st_header_100MB_blanks", 5, _filled(b" ", before=b"{", after=b"}"), mentions=("bad",), **_HUGE),
+    Case("st_header_100MB_blanks", 5, _filled(b" ", before=b"{", after=b"}"), mentions=("bad",), heavy=True),
     _case("header_100MB_numbers", 5, _filled(b"0,"), **_HUGE),
     _case("header_100MB_lists", 5, _filled(b"[],"), **_HUGE),
     _case("header_100MB_objects", 5, _filled(b"{},"), **_HUGE),
