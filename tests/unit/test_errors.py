@@ -72,7 +72,8 @@ def test_how_an_error_is_shown() -> None:
         "  why: a reason\n"
         "  fix: a cure"
     )
-    assert str(MerganserError("E0401", "short")) == "[E0401] short"
+    assert str(MerganserError("E0402", "short")) == "[E0402] short"
+    assert str(MerganserError("E0415", "short")) == "[E0415] short\n  fix: correct or remove the line"
     assert str(Place(line=4)) == "line 4"
 
 

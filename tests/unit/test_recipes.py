@@ -64,8 +64,8 @@ def merged(cli: Cli, text: str) -> State:
         (f"merge_method: average\n{MODELS}zzz: 1\n", 3, "E0302", ["known keys", "merge_method"]),
         ("merge_method: average\nmodels:\n  - model: a\n    params: {}\n", 4, "E0302", ["`parameters`"]),
         ("merge_method: average\nmodels:\n  - model: a\n    weight: 1\n", 4, "E0302", ["`weight`"]),
-        ("merge_method: average\nmodels:\n  - path: a\n", 3, "E0303", ["`model`"]),
-        ("merge_method: average\nslices:\n  - source: [a]\n", 3, "E0303", ["`sources`"]),
+        ("merge_method: average\nmodels:\n  - path: a\n", 3, "E0302", ["`path`", "model"]),
+        ("merge_method: average\nslices:\n  - source: [a]\n", 3, "E0302", ["`sources`"]),
         (
             "merge_method: average\nslices:\n  - sources:\n    - model: a\n      layer_rnage: [0, 1]\n",
             5,
