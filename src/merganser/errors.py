@@ -70,6 +70,10 @@ CATALOGUE: dict[str, str] = {
     "E0421": "The earlier merge cannot be continued: its lock file does not say how, the base is another one, or its "
     "weights were changed.",
     "E0422": "The models were pruned with different masks, so their average has fewer zeros than each of them.",
+    "E0423": "An output is not as its merge wrote it: a file is missing, was added or was changed, or the lock file "
+    "was. `merganser verify` names them.",
+    "E0424": "A merge from a lock file does not give the weights that the lock file describes: an input or a version "
+    "is another one.",
     "E0501": "A path inside a checkpoint points outside its folder.",
     "E0502": "The weights are stored as a pickle, which can run code when it is read.",
     "E0503": "The model needs code from its folder, which is never run.",

@@ -2,9 +2,10 @@
 
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._carry import output_config, side_files
+from merganser.checkpoint._digest import sampled_sha256, sha256_file, sha256_range
 from merganser.checkpoint._experts import average_experts
-from merganser.checkpoint._file import FileCheckpoint
-from merganser.checkpoint._files import FilePool
+from merganser.checkpoint._file import FileCheckpoint, stamp_of
+from merganser.checkpoint._files import FilePool, open_regular
 from merganser.checkpoint._folder import refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
@@ -23,10 +24,15 @@ __all__ = [
     "index_of",
     "lay_out",
     "open_checkpoint",
+    "open_regular",
     "output_config",
     "parse_json",
     "read_json",
     "refuse_unmergeable",
+    "sampled_sha256",
+    "sha256_file",
+    "sha256_range",
     "side_files",
+    "stamp_of",
     "write_error",
 ]

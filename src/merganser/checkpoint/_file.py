@@ -13,7 +13,7 @@ from merganser.checkpoint._files import FilePool, read_into
 from merganser.checkpoint._safetensors import Entry
 from merganser.errors import InputError, Place, suggestion
 
-__all__ = ["FileCheckpoint"]
+__all__ = ["FileCheckpoint", "stamp_of"]
 
 
 class FileCheckpoint(Checkpoint):
@@ -47,7 +47,7 @@ class FileCheckpoint(Checkpoint):
         self._files = files
         self._entries = {name: headers[file][name] for name, file in files.items()}
         self._pool = pool or FilePool()
-        self._stamps = {path: _stamp(path) for path in headers}
+        self._stamps = {path: stamp_of(path) for path in headers}
         self._specs: dict[str, BlockSpec] = {}
         for name, entry in self._entries.items():
             dtype = entry.dtype
@@ -85,13 +85,17 @@ class FileCheckpoint(Checkpoint):
             InputError: E0412.
         """
         for path, stamp in self._stamps.items():
-            if _stamp(path) != stamp:
+            if stamp_of(path) != stamp:
                 raise InputError(
                     "E0412",
                     "the file changed while it was read",
                     places=Place(file=str(path)),
                     fix="run the merge again",
                 )
+
+    def stamps(self) -> Mapping[Path, tuple[int, ...]]:
+        """What was known of every file when its header was read: size, time of change, inode and device."""
+        return self._stamps
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -102,8 +106,8 @@ class FileCheckpoint(Checkpoint):
         return tuple(sorted(set(self._files.values())))
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is rewritten or replaced."""
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is rewritten or replaced; empty if it is not there."""
     try:
         status = path.stat()
     except OSError:

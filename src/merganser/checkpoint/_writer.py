@@ -12,6 +12,7 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, natural_key
+from merganser.checkpoint._digest import sha256_range
 from merganser.checkpoint._safetensors import build_header
 from merganser.errors import EnvironmentFault, Place, ResourceError
 
@@ -89,16 +90,18 @@ class ShardWriter:
         folder: where it is written.
         shard: what it will hold.
         keep_open: whether it stays open; otherwise every piece opens it, which costs little.
+        again: whether the file may be there already, with tensors that are to be kept.
     """
 
-    def __init__(self, folder: Path, shard: Shard, *, keep_open: bool = True) -> None:
+    def __init__(self, folder: Path, shard: Shard, *, keep_open: bool = True, again: bool = False) -> None:
         self.path = folder / shard.file
         self._shard = shard
         self._lock = threading.Lock()
         self._keep_open = keep_open
         self._fd = -1
         with self._errors():
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fresh = 0 if again else os.O_EXCL
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | fresh, 0o666)
             os.ftruncate(self._fd, shard.nbytes)
             self._write(memoryview(shard.head), 0)
             self._release()
@@ -133,6 +136,19 @@ class ShardWriter:
             os.close(self._fd)
             self._fd = -1
 
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a tensor's bytes, as they are in the file now.
+
+        Complexity: O(bytes of the tensor), in buffers of 1 MB.
+        """
+        start = self._shard.offsets[name]
+        with self._errors():
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return sha256_range(fd, start, start + self._shard.specs[name].nbytes)
+            finally:
+                os.close(fd)
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -147,10 +163,14 @@ class ShardWriter:
             try:
                 os.fsync(self._fd)
             finally:
-                self.discard()
+                self._close()
 
     def discard(self) -> None:
         """Close the file as it is."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

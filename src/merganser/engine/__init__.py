@@ -1,13 +1,13 @@
 """Plan a merge, stream it, commit it."""
 
 from merganser.engine._api import merge
-from merganser.engine._card import describe_method
-from merganser.engine._commit import check_output
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
+from merganser.engine._names import describe_method
 from merganser.engine._onto import onto_recipe
+from merganser.engine._place import check_output
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._relations import Counts, Relations, relate
 from merganser.engine._search import Evaluator, FolderEvaluator, resolve

@@ -1,145 +1,71 @@
 """Output folders that appear whole or not at all.
 
-Everything is written into ``OUT.partial-<id>`` beside OUT: first the weights, then index and side files, and
-``config.json`` last, so that no loader accepts a part. One rename makes it OUT.
+Everything is written into ``OUT.partial-<id>`` beside OUT: first the weights, with a journal of what is finished, then
+index and side files, and ``config.json`` last, so that no loader accepts a part. One rename makes it OUT. A run that
+was stopped or killed leaves the folder, and the next run of the same plan goes on in it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import itertools
-import json
 import os
-import secrets
 import shutil
+import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser.checkpoint import (
-    Checkpoint,
-    FileCheckpoint,
-    ShardWriter,
-    index_of,
-    lay_out,
-    output_config,
-    side_files,
-    write_error,
-)
-from merganser.engine._card import lock_data, model_card
+from merganser.checkpoint import Shard, index_of
+from merganser.engine._card import model_card
+from merganser.engine._hold import Hold
+from merganser.engine._lock import LOCK_FILE, render_lock
+from merganser.engine._partial import JOURNAL, Journal, Partial, beside, shortened, siblings, sync_folder
+from merganser.engine._place import check_free, files_of
 from merganser.engine._plan import Plan
-from merganser.errors import EnvironmentFault, InputError, Place, ResourceError, UsageError
+from merganser.engine._side import SideWriter, as_json, carried, config_of, described, parts_of
+from merganser.engine._sink import Finished
+from merganser.engine._weights import WeightFiles
+from merganser.errors import EnvironmentFault, Place, UsageError
 
-__all__ = ["FolderOutput", "check_output"]
+__all__ = ["FolderOutput"]
 
-LOCK_FILE = "merge.lock.json"
-_OPEN_FILES = 8
-
-
-def check_output(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Refuse an output that exists, that is an input or lies inside one, or that does not fit the disk.
-
-    Raises:
-        EnvironmentFault: E0701, E0702.
-        ResourceError: E0801.
-    """
-    place = Place(file=str(out))
-    real = out.resolve()
-    for checkpoint in plan.checkpoints:
-        if not isinstance(checkpoint, FileCheckpoint):
-            continue
-        source = Path(checkpoint.folder or checkpoint.label).resolve()
-        if real == source or real.is_relative_to(source) or source.is_relative_to(real):
-            raise EnvironmentFault(
-                "E0702",
-                f"the output is or contains an input, or lies inside one: {checkpoint.label}",
-                places=place,
-                fix="choose another output path",
-            )
-    _check_free(out, overwrite=overwrite)
-    parent = _existing_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise EnvironmentFault("E0701", "the folder of the output cannot be written", places=Place(file=str(parent)))
-    needed = int(plan.bytes_written * 1.02) + 10_000_000
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ResourceError(
-            "E0801",
-            f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            places=Place(file=str(parent)),
-            fix="free some space, or write to another disk",
-        )
-
-
-def _check_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse a path that is taken, unless it is an earlier output that holds nothing else and may be replaced.
-
-    Raises:
-        EnvironmentFault: E0701.
-    """
-    if not os.path.lexists(out):
-        return
-    place = Place(file=str(out))
-    if out.is_symlink() or not out.is_dir():
-        raise EnvironmentFault(
-            "E0701", "the output exists already, and is not a folder", places=place, fix="choose another path"
-        )
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
-    if not found:
-        return
-    ours = _files_of(out)
-    if ours is None or not overwrite:
-        raise EnvironmentFault(
-            "E0701",
-            "the output exists already",
-            places=place,
-            why="" if ours is not None else "it was not made by merganser, so it is never replaced",
-            fix="choose another path, or " + ("pass --overwrite" if ours is not None else "remove it yourself"),
-        )
-    foreign = sorted(found - ours)
-    if foreign:
-        raise EnvironmentFault(
-            "E0701",
-            f"the output holds {len(foreign)} files that the earlier merge did not write: {foreign[0]}",
-            places=place,
-            fix="move them away, or choose another path",
-        )
-
-
-def _files_of(out: Path) -> set[str] | None:
-    """The files that an earlier merge wrote, from its lock file."""
-    try:
-        files = json.loads((out / LOCK_FILE).read_text(encoding="utf-8"))["files"]
-        return set(files)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise EnvironmentFault("E0701", "the output would lie inside a file", places=Place(file=str(parent)))
-    return parent
+_WORTH_KEEPING = 10.0
+"""Seconds of work from which on a stopped run keeps what it has."""
 
 
 class FolderOutput:
     """A sink that writes a model folder, or a single ``.safetensors`` file, and commits it by a rename.
 
     Where the plan has several outputs, the folder holds a model folder for each, and one lock file.
-    Use it as a context manager: leaving it without `commit` removes everything that was written.
+    Use it as a context manager. Leaving it without `commit` removes everything that was written; only what a signal or
+    the system stopped after some seconds of work is kept, because the next run of the same plan can use it.
+
+    Args:
+        out: where the output is to be.
+        plan: what is merged.
+        shards: how it is laid out in files.
+        key: the digest of the plan; None if no other run can have the same.
+        overwrite: whether an earlier output may be replaced.
+        notify: is told at once what the user should know.
     """
 
-    def __init__(self, out: Path, plan: Plan, *, shard_bytes: int, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        shards: Sequence[Shard],
+        *,
+        key: str | None = None,
+        overwrite: bool = False,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
         self._out = out.absolute()
         self._plan = plan
         self._overwrite = overwrite
         self._single = out.suffix == ".safetensors"
-        self._parts = _parts(plan)
+        self._parts = parts_of(plan)
         if self._single and len(self._parts) > 1:
             raise UsageError(
                 "E0201",
@@ -147,176 +73,171 @@ class FolderOutput:
                 places=Place(file=str(out)),
                 fix="name a folder as the output",
             )
-        shards = lay_out((t.spec for t in plan.tensors), plan.bytes_written + 1 if self._single else shard_bytes)
         self._shards = shards
-        self._of = {name: shard.file for shard in shards for name in shard.specs}
-        self._partial = self._beside("partial")
-        self._lock = self._out.with_name(_shortened(f".{self._out.name}.merganser-lock"))
-        self._lock_fd = -1
+        self._key = key
+        self._notify = notify or (lambda text: None)
+        self._partial = beside(self._out, "partial")
+        self._hold = Hold(self._out.with_name(shortened(f".{self._out.name}.merganser-lock")))
         self._made: list[Path] = []
-        self._writers: dict[tuple[str, str], ShardWriter] = {}
-
-    def _beside(self, kind: str) -> Path:
-        return self._out.with_name(_shortened(f"{self._out.name}.{kind}-{secrets.token_hex(4)}"))
+        self._stale: list[Partial] = []
+        self._digests: dict[str, dict[str, Any]] = {}
+        self._journal: Journal | None = None
+        self._weights: WeightFiles | None = None
+        self._resumed = False
+        self._started = time.monotonic()
 
     def __enter__(self) -> FolderOutput:
         try:
             parent = self._out.parent
             self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._partial.mkdir()
+            self._hold.take()
+            self._restore()
+            earlier = self._earlier()
+            if earlier is None:
+                self._partial.mkdir()
+            self._begin(earlier)
         except OSError as error:
-            self._discard()
+            self._leave(error)
             raise EnvironmentFault(
                 "E0701", f"the output cannot be created: {error.strerror}", places=Place(file=str(self._out))
             ) from None
-        try:
-            keep_open = len(self._shards) * len(self._parts) <= _OPEN_FILES
-            for part in self._parts:
-                (self._partial / part).mkdir(exist_ok=True)
-                for shard in self._shards:
-                    self._writers[part, shard.file] = ShardWriter(self._partial / part, shard, keep_open=keep_open)
-        except BaseException:
-            self._discard()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
+
+    def _restore(self) -> None:
+        """Undo or finish what a killed run had begun: an earlier output that it moved aside for its own."""
+        for old in siblings(self._out, "old"):
+            if not os.path.lexists(self._out):
+                old.rename(self._out)
+            elif files_of(old) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+        check_free(self._out, overwrite=self._overwrite)
+
+    def _earlier(self) -> Partial | None:
+        """The folder of a run of the same plan, and what to do with the others."""
+        found: Partial | None = None
+        for partial in Partial.of(self._out):
+            if not partial.is_ours():
+                self._notify(f"{partial.folder.name} was not made by merganser and is left alone")
+            elif found is None and self._hold.exclusive and self._key is not None and partial.plan == self._key:
+                found = partial
+            elif self._hold.exclusive:
+                self._stale.append(partial)
+                if partial.entries:
+                    self._notify(
+                        f"{partial.folder.name} is of a merge with other inputs, options or versions, so this one "
+                        "starts anew; it is removed when this one is complete"
+                    )
+        return found
+
+    def _begin(self, earlier: Partial | None) -> None:
+        if earlier is not None:
+            self._partial = earlier.folder
+            self._resumed = True
+            keep = {part + shard.file for part in self._parts for shard in self._shards} | {JOURNAL}
+            for path in sorted(self._partial.rglob("*")):
+                if not path.is_dir() and str(path.relative_to(self._partial)) not in keep:
+                    path.unlink()
+        self._journal = Journal(self._partial, self._key or "in memory", earlier.length if earlier else 0)
+        self._weights = WeightFiles(self._partial, self._parts, self._shards, self._journal, again=earlier is not None)
+        if earlier is not None:
+            reused, wrong = self._weights.reuse(earlier.entries, self._plan.threads)
+            share = 100 * reused // max(1, self._plan.bytes_written)
+            lost = f"; {wrong} tensors in it are damaged and are merged again" if wrong else ""
+            self._notify(f"going on in {self._partial.name}: {share} % of the bytes are there already{lost}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self._discard()
+        self._leave(error)
 
-    def _take_lock(self) -> None:
-        """Hold a lock file beside the output while writing, so that two merges into one output notice each other."""
-        self._lock_fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-            raise EnvironmentFault(
-                "E0701",
-                "another merge writes this output at the moment",
-                places=Place(file=str(self._lock)),
-                fix="wait for it, or choose another path",
-            ) from None
-
-    def _discard(self) -> None:
-        """Remove what is not the output: the unfinished folder, the lock, folders that were made and are empty."""
-        for writer in self._writers.values():
-            writer.discard()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        if self._lock_fd >= 0:
-            self._lock.unlink(missing_ok=True)
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep or remove the unfinished folder; remove the lock, and folders that were made and are empty."""
+        if self._weights is not None:
+            self._weights.discard()
+        if self._journal is not None:
+            self._journal.close()
+        if self._is_worth_keeping(error):
+            self._notify(f"{self._partial.name} keeps what is finished; the same command goes on from there")
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self._hold.give_back()
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
+        stopped = error is not None and not isinstance(error, Exception)
+        system = isinstance(error, EnvironmentFault) and error.code == "E0703"
+        if self._key is None or self._weights is None or not (stopped or system):
+            return False
+        long = self._resumed or time.monotonic() - self._started >= _WORTH_KEEPING
+        return long and self._weights.any_finished() and (self._partial / JOURNAL).exists()
+
     def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
         """Write consecutive elements of a tensor."""
-        for part in self._parts if output is None else (self._parts[output],):
-            self._writers[part, self._of[name]].write(name, start, piece)
+        assert self._weights is not None
+        self._weights.write(name, start, piece, output)
 
-    def commit(self, warnings: Sequence[str], seconds: float, record: Mapping[str, Any]) -> list[str]:
-        """Finish the folder and rename it to its place.
+    def finish(self, name: str, finished: Finished) -> None:
+        """Note that a tensor is complete."""
+        assert self._weights is not None
+        self._weights.finish(name, finished)
+
+    def finished(self, name: str) -> Finished | None:
+        """What was said of a tensor that an earlier run completed."""
+        assert self._weights is not None
+        return self._weights.finished(name)
+
+    def complete(self) -> dict[str, dict[str, Any]]:
+        """Wait for the disk; the size and digests of every weight file."""
+        assert self._weights is not None
+        self._weights.complete()
+        self._digests = self._weights.described()
+        return self._digests
+
+    def commit(self, lock: Callable[[Sequence[str]], Mapping[str, Any]]) -> list[str]:
+        """Write everything but the weights, and rename the folder to its place. `complete` comes before.
 
         Args:
-            warnings: for the lock file.
-            seconds: for the lock file.
-            record: further keys of the lock file.
+            lock: from further warnings to the contents of the lock file.
 
         Returns:
             Warnings about what was changed on the way, such as removed configuration keys.
         """
-        for writer in self._writers.values():
-            writer.sync()
-        self._verify()
-        notes: list[str] = []
+        assert self._journal is not None
         if self._single:
             self._rename(self._partial / self._shards[0].file)
-            return notes
+            return []
         plan = self._plan
-        card = model_card(plan)
+        side = SideWriter(self._partial)
+        card = model_card(plan).encode()
+        config, notes = config_of(plan)
         for part in self._parts:
             if len(self._shards) > 1:
-                self._json(f"{part}model.safetensors.index.json", index_of(self._shards))
-            self._carry(part)
-            self._text(f"{part}README.md", card)
-        config: dict[str, Any] | None = None
-        if plan.donor.config is not None:
-            labels = None if plan.head_donor is None else plan.head_donor.config
-            config, edit = output_config(plan.donor.config, plan.dtype_name(), layers=plan.layers, labels=labels)
-            if edit.removed:
-                notes.append(f"removed from config.json: {', '.join(edit.removed)}")
-            if edit.suspects:
-                notes.append(f"the number of layers changed; check in config.json: {', '.join(edit.suspects)}")
-        configs = [] if config is None else [f"{part}config.json" for part in self._parts]
-        last = [LOCK_FILE, *configs]
-        files = sorted(str(p.relative_to(self._partial)) for p in self._partial.rglob("*") if p.is_file())
-        lock = lock_data(plan, [*warnings, *notes], seconds) | dict(record)
-        self._json(LOCK_FILE, lock | {"files": sorted({*files, *last})})
-        for name in configs:
-            self._json(name, config)
+                side.write(f"{part}model.safetensors.index.json", as_json(index_of(self._shards)))
+            for relative, path in carried(plan):
+                side.copy(part + relative, path)
+            side.write(f"{part}README.md", card)
+        configs = {} if config is None else {f"{part}config.json": config for part in self._parts}
+        files = {**self._digests, **side.digests, **{name: described(config) for name, config in configs.items()}}
+        side.write(LOCK_FILE, render_lock({**lock(notes), "files": {**dict(sorted(files.items())), LOCK_FILE: {}}}))
+        for name, text in configs.items():
+            side.write(name, text)
+        self._journal.remove()
         self._rename(self._partial)
         return notes
 
-    def _verify(self) -> None:
-        """Read the headers back with the reference library."""
-        from safetensors import safe_open
-
-        for part, shard in itertools.product(self._parts, self._shards):
-            with safe_open(self._partial / part / shard.file, framework="numpy") as file:
-                if set(file.keys()) != set(shard.specs):
-                    raise InputError(
-                        "E0402", "the written file does not hold the tensors", places=Place(file=shard.file)
-                    )
-
-    def _carry(self, part: str) -> None:
-        """Copy tokenizer, licences and other side files into the model folder `part`."""
-        plan = self._plan
-        if plan.donor.folder is not None:
-            for relative, path in (*side_files(plan.donor.folder, "model"), *side_files(plan.donor.folder, "licence")):
-                self._copy(part + relative, path)
-        if plan.tokenizer.folder is not None:
-            for relative, path in side_files(plan.tokenizer.folder, "tokenizer"):
-                self._copy(part + relative, path)
-        names = _distinct_names(plan.checkpoints)
-        for checkpoint in plan.checkpoints:
-            if checkpoint.folder is not None and checkpoint is not plan.donor:
-                for relative, path in side_files(checkpoint.folder, "licence"):
-                    self._copy(f"{part}licenses/{names[id(checkpoint)]}/{relative}", path)
-
-    def _copy(self, relative: str, path: Path) -> None:
-        target = self._partial / relative
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        except OSError as error:
-            raise write_error(error, target) from None
-
-    def _json(self, name: str, data: Any) -> None:
-        self._text(name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-    def _text(self, name: str, text: str) -> None:
-        path = self._partial / name
-        try:
-            with path.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(error, path) from None
-
     def _rename(self, source: Path) -> None:
         """Put the result in its place; an earlier result is removed only afterwards."""
-        _check_free(self._out, overwrite=self._overwrite)
+        check_free(self._out, overwrite=self._overwrite)
         old: Path | None = None
         try:
             if os.path.lexists(self._out):
-                old = self._beside("old")
+                old = beside(self._out, "old")
                 self._out.rename(old)
             source.rename(self._out)
         except OSError as error:
@@ -328,53 +249,13 @@ class FolderOutput:
         self._made = []
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+        for partial in self._stale:
+            partial.remove()
         try:
-            _sync_folder(self._out.parent)
+            sync_folder(self._out.parent)
         except OSError as error:
             raise EnvironmentFault(
                 "E0703",
                 f"the output is complete, but whether it would survive a power failure is unknown: {error.strerror}",
                 places=Place(file=str(self._out)),
             ) from None
-
-
-def _distinct_names(checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
-    """A folder name for every parent, numbered where two have the same."""
-    known = [(id(c), c.folder.resolve().name or "model") for c in checkpoints if c.folder is not None]
-    return dict(zip((key for key, _ in known), _numbered([stem for _, stem in known]), strict=True))
-
-
-def _numbered(stems: Sequence[str]) -> list[str]:
-    """The names, with numbers behind those that come again."""
-    names: list[str] = []
-    for stem in stems:
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _parts(plan: Plan) -> tuple[str, ...]:
-    """The prefix of every output's files: none for one model, else a folder by the model's name or the output's key."""
-    if not plan.outputs:
-        return ("",)
-    if not plan.one_per_model:
-        return tuple(f"{key}/" for key in plan.outputs)
-    inputs = next(tensor.inputs for tensor in plan.tensors if tensor.method is not None)
-    folders = [source.checkpoint.folder for source in inputs]
-    return tuple(f"{name}/" for name in _numbered([f.resolve().name if f else "model" for f in folders]))
-
-
-def _shortened(name: str) -> str:
-    """A file name of at most 255 bytes that ends as `name` does."""
-    raw = name.encode()
-    return name if len(raw) <= 255 else raw[:100].decode(errors="ignore") + "~" + raw[-100:].decode(errors="ignore")
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

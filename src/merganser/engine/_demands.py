@@ -46,6 +46,10 @@ class OpenModels:
             self.beside.append(checkpoint)
         return checkpoint
 
+    def references(self) -> list[Any]:
+        """What each of them was opened by."""
+        return [reference for reference, _ in self._opened]
+
     def everyone(self) -> list[Checkpoint]:
         """All that were opened, in that order."""
         return [checkpoint for _, checkpoint in self._opened]

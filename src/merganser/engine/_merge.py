@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser.engine._card import describe_method
-from merganser.engine._commit import FolderOutput, check_output
+from merganser.checkpoint import lay_out
+from merganser.engine._commit import FolderOutput
 from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._key import plan_key
+from merganser.engine._names import describe_method
+from merganser.engine._place import check_output
 from merganser.engine._plan import Plan
+from merganser.engine._provenance import lock_data
+from merganser.engine._sink import Finished, Sink
 from merganser.engine._solved import unsolved_systems
-from merganser.engine._stream import Sink, Stream
+from merganser.engine._stream import Stream
 from merganser.errors import EnvironmentFault, NumericError, Place, escape
 
 __all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory"]
@@ -73,6 +78,13 @@ class _MemorySink:
         """Take consecutive elements."""
         for tensors in self.outputs if output is None else (self.outputs[output],):
             tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
+
+    def finish(self, name: str, finished: Finished) -> None:
+        """Nothing is to be done."""
+
+    def finished(self, name: str) -> Finished | None:
+        """Nothing is there from an earlier run."""
+        return None
 
 
 def execute(
@@ -177,9 +189,14 @@ def save(
     shard_bytes: int = DEFAULT_SHARD,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
+    whole_inputs: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    notify: Callable[[str], None] | None = None,
     **run: Any,
 ) -> Outcome:
     """Carry out a plan into a folder (or one ``.safetensors`` file), which appears only when it is complete.
+
+    A run that was stopped or killed is continued by the next one of the same plan, and the result is the same.
 
     Args:
         plan: what to do.
@@ -187,6 +204,9 @@ def save(
         shard_bytes: bytes per weights file.
         overwrite: replace a folder that an earlier merge made.
         record: what a search tried, for the lock file.
+        whole_inputs: whether the lock file has digests of all bytes of the inputs, not of a sample.
+        check: called with the digests of the weight files before the output appears; it may raise.
+        notify: is told at once what the user should know, such as that an earlier run is continued.
         **run: as for `execute`.
 
     Raises:
@@ -195,13 +215,26 @@ def save(
     """
     target = Path(out)
     started = time.monotonic()
-    check_output(target, plan, overwrite=overwrite)
-    with FolderOutput(target, plan, shard_bytes=shard_bytes, overwrite=overwrite) as output:
+    single = target.suffix == ".safetensors"
+    shards = lay_out((t.spec for t in plan.tensors), plan.bytes_written + 1 if single else shard_bytes)
+    settings = {key: run[key] for key in ("device", "allow_nonfinite") if run.get(key)}
+    key = plan_key(plan, shards, settings)
+    check_output(target, plan, overwrite=overwrite, key=key)
+    with FolderOutput(target, plan, shards, key=key, overwrite=overwrite, notify=notify) as output:
         found = execute(plan, output, **run)
-        seconds = time.monotonic() - started
         warnings = [*plan.warnings, *found.warnings]
-        extra = {"search": dict(record or {}), "memory": found.memory, "report": found.report}
-        warnings += output.commit(warnings, seconds, {key: value for key, value in extra.items() if value})
+        files = output.complete()
+        if check is not None:
+            check(files)
+
+        def lock(notes: Sequence[str]) -> dict[str, Any]:
+            seconds = time.monotonic() - started
+            data = lock_data(plan, [*warnings, *notes], seconds, whole_inputs=whole_inputs)
+            settled = {"shard_bytes": shard_bytes, **{key: str(value) for key, value in settings.items()}}
+            extra = {"search": dict(record or {}), "memory": found.memory, "report": found.report}
+            return {**data, "settings": settled, **{key: value for key, value in extra.items() if value}}
+
+        warnings += output.commit(lock)
     return Outcome(target, time.monotonic() - started, tuple(warnings), found.report)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser.checkpoint import read_json
-from merganser.engine._card import public_name
-from merganser.engine._commit import LOCK_FILE
+from merganser.engine._lock import LOCK_FILE
+from merganser.engine._names import public_name
 from merganser.errors import InputError, MerganserError, Place, RecipeError
 from merganser.methods import Method, create_method
 from merganser.recipe import Recipe, parse_dtype, simple_recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from merganser import kernels
 from merganser._torch import torch
@@ -39,7 +40,7 @@ class Plan:
         donor: whose configuration and side files are taken.
         tokenizer: whose tokenizer files are taken.
         checkpoints: all models, the base first.
-        labels: how each is called.
+        references: what the recipe calls each of them.
         layers: the numbers of layers of the inputs and of the output, where slices were used.
         head_donor: the model whose head is kept, if it is named.
         start: the method whose merge is the initialisation, for methods that need one.
@@ -64,6 +65,7 @@ class Plan:
     donor: Checkpoint
     tokenizer: Checkpoint
     checkpoints: tuple[Checkpoint, ...]
+    references: tuple[Any, ...]
     layers: tuple[int, int] | None
     head_donor: Checkpoint | None
     start: Method | None
@@ -182,6 +184,7 @@ class _Planner:
             donor=donor,
             tokenizer=tokenizer,
             checkpoints=tuple(opened.everyone()),
+            references=tuple(opened.references()),
             layers=rules.layers,
             head_donor=rules.head_donor,
             start=rules.demands.start,

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.engine._block import PIECE, Reader, StreamBlock
 from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._sink import Completion, Sink
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError, Place
 from merganser.methods import AsMerged, Block, BlockKey, Context, Method
 
-__all__ = ["Sink", "Stream"]
+__all__ = ["Stream"]
 
 T = TypeVar("T")
-
-
-class Sink(Protocol):
-    """Where merged elements go."""
-
-    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
-        """Take consecutive elements of the flattened tensor, from element `start` on.
-
-        Args:
-            name: the tensor.
-            start: the first element.
-            piece: the elements; they are to be copied.
-            output: the index of the output that they belong to; None for all.
-        """
-        ...
 
 
 class _StreamContext(Context):
@@ -138,6 +123,8 @@ class Stream:
     ) -> tuple[dict[str, dict[str, Any]], Mapping[str, Any] | None]:
         """Prepare the method, merge every block into `sink`, and repeat the blocks that its review asks for.
 
+        Tensors that the sink has from an earlier run are left out; what was noted of them counts in the review.
+
         Args:
             method: the method.
             tensors: what it merges.
@@ -148,37 +135,36 @@ class Stream:
         Returns:
             The figures that the method reported, by tensor, and its memory for a later merge.
         """
+        completion = Completion(sink, (tensor.spec for tensor in tensors.values()))
+        pending = {name: tensor for name, tensor in tensors.items() if name in completion.pending}
+        if not pending and type(method).memory is Method.memory:
+            return completion.figures(), None
         context = self.context(tensors, seed)
         state = method.prepare(context)
         start = None if init is None else (init, init.prepare(AsMerged(context)))
-        reports: dict[str, dict[str, Any]] = {}
 
-        def run(task: list[BlockKey], state: object) -> tuple[Counter[str], list[BlockKey]]:
-            notes: Counter[str] = Counter()
-            doubtful = []
+        def run(task: list[BlockKey], state: object, *, again: bool = False) -> None:
             for key in task:
                 block = StreamBlock(self.reader, tensors[key.name], key, seed)
                 block.start = start
                 merged = method.results(block, state)
                 for index, values in enumerate(merged):
                     self._write(sink, block.spec, key, values, index if len(merged) > 1 else None)
-                notes.update(block.notes)
-                if block.figures:
-                    reports[key.name] = block.figures
-                if block.doubtful:
-                    doubtful.append(key)
-            return notes, doubtful
+                if again:
+                    completion.done(key)
+                else:
+                    completion.done(key, block.notes, block.figures, doubtful=block.doubtful)
 
-        notes: Counter[str] = Counter()
-        doubtful: list[BlockKey] = []
-        for found, doubts in self.executor_for(tensors).map(lambda t: run(t, state), self.tasks(tensors.values())):
-            notes.update(found)
-            doubtful.extend(doubts)
-        revised = method.review(state, notes)
-        if revised is not None and doubtful:
-            for _ in self.executor.map(lambda t: run(t, revised), ([key] for key in doubtful)):
+        for _ in self.executor_for(pending).map(lambda t: run(t, state), self.tasks(pending.values())):
+            pass
+        revised = method.review(state, completion.notes())
+        if revised is None:
+            completion.accept()
+        else:
+            tasks = ([key] for key in completion.repeat())
+            for _ in self.executor.map(lambda t: run(t, revised, again=True), tasks):
                 pass
-        return {name: reports[name] for name in tensors if name in reports}, method.memory(state)
+        return completion.figures(), method.memory(state)
 
     def executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
         """Fewer threads, where several whole tensors at once would exceed the memory budget."""
@@ -187,8 +173,10 @@ class Stream:
         return self.executor if workers == self.executor.workers else LocalThreads(workers)
 
     def copy(self, tensors: Iterable[TensorPlan], sink: Sink) -> None:
-        """Copy tensors from their only input, cast to the output type."""
+        """Copy tensors from their only input, cast to the output type; those that the sink has already are left out."""
         table = {tensor.spec.name: tensor for tensor in tensors}
+        completion = Completion(sink, (tensor.spec for tensor in table.values()))
+        pending = [tensor for name, tensor in table.items() if name in completion.pending]
 
         def run(task: list[BlockKey]) -> None:
             for key in task:
@@ -196,8 +184,9 @@ class Stream:
                 raw = self.reader.scratch.get("copy", key.stop - key.start, source.spec.dtype, torch.device("cpu"))
                 self.reader.load(source, key.start, key.stop, raw)
                 self._write(sink, table[key.name].spec, key, raw)
+                completion.done(key)
 
-        for _ in self.executor.map(run, self.tasks(table.values())):
+        for _ in self.executor.map(run, self.tasks(pending)):
             pass
 
     def differing(self, pairs: Iterable[tuple[Input, Input]]) -> Iterator[tuple[Input, Input]]:

@@ -1,5 +1,6 @@
 """Recipes: the grammar of the files, their settings, and what they all become."""
 
+from merganser.recipe._document import recipe_data, recipe_from
 from merganser.recipe._dtype import parse_dtype
 from merganser.recipe._load import load_recipe
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source, filters_of, same_model, simple_recipe
@@ -18,6 +19,8 @@ __all__ = [
     "load_recipe",
     "parse_dtype",
     "parse_scalar",
+    "recipe_data",
+    "recipe_from",
     "same_model",
     "simple_recipe",
 ]

@@ -41,7 +41,12 @@ Parameters = Mapping[str, Setting]
 
 def constant(values: Mapping[str, Any]) -> Parameters:
     """Settings that are the same for every tensor; lists stay lists."""
-    return {key: Setting(((None, _Fixed(v) if isinstance(v, list | tuple) else v),)) for key, v in values.items()}
+    return {key: Setting(((None, fixed(v)),)) for key, v in values.items()}
+
+
+def fixed(value: Any) -> Any:
+    """A value of a setting that is not a gradient, even where it is a list."""
+    return _Fixed(value) if isinstance(value, list | tuple | Mapping) else value
 
 
 @dataclass(frozen=True)

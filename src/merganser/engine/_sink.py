@@ -1,0 +1,136 @@
+"""Where merged elements go, and when a tensor is finished."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from merganser._torch import torch
+from merganser.blocks import BlockSpec
+from merganser.methods import BlockKey
+
+__all__ = ["Completion", "Finished", "Sink"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a method said of a tensor while it was merged.
+
+    Attributes:
+        notes: the counts of all its blocks, for `Method.review`.
+        figures: what the method reported.
+    """
+
+    notes: Mapping[str, int] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Takes merged elements, from several threads and in any order."""
+
+    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
+        """Take consecutive elements of the flattened tensor, from element `start` on.
+
+        Args:
+            name: the tensor.
+            start: the first element.
+            piece: the elements; they are to be copied.
+            output: the index of the output that they belong to; None for all.
+        """
+        ...
+
+    def finish(self, name: str, finished: Finished) -> None:
+        """Know that all elements of a tensor have been written and that none will be written again."""
+        ...
+
+    def finished(self, name: str) -> Finished | None:
+        """What was said of a tensor that an earlier run finished; None if it is to be merged."""
+        ...
+
+
+class Completion:
+    """Counts the blocks of tensors, and tells the sink of every tensor whose last block stands.
+
+    A tensor with a block that its method doubts waits for the review of the method.
+
+    Args:
+        sink: where the tensors go.
+        specs: the tensors, of which those that the sink has already are left out.
+    """
+
+    def __init__(self, sink: Sink, specs: Iterable[BlockSpec]) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._left: dict[str, int] = {}
+        self._notes: dict[str, Counter[str]] = {}
+        self._figures: dict[str, Mapping[str, Any]] = {}
+        self._doubted: dict[str, list[BlockKey]] = {}
+        for spec in specs:
+            earlier = sink.finished(spec.name)
+            if earlier is None:
+                self._left[spec.name] = spec.numel
+                self._notes[spec.name] = Counter()
+            else:
+                self._notes[spec.name] = Counter(earlier.notes)
+                self._figures[spec.name] = earlier.figures
+
+    @property
+    def pending(self) -> set[str]:
+        """The tensors that are not finished."""
+        return set(self._left)
+
+    def done(
+        self,
+        key: BlockKey,
+        notes: Mapping[str, int] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        *,
+        doubtful: bool = False,
+    ) -> None:
+        """A block was written."""
+        with self._lock:
+            self._notes[key.name].update(notes or {})
+            if figures:
+                self._figures[key.name] = figures
+            if doubtful:
+                self._doubted.setdefault(key.name, []).append(key)
+            self._left[key.name] -= key.stop - key.start
+            ready = self._left[key.name] == 0 and key.name not in self._doubted
+        if ready:
+            self._finish(key.name)
+
+    def _finish(self, name: str) -> None:
+        self._sink.finish(name, Finished(dict(self._notes[name]), self._figures.get(name, {})))
+        del self._left[name]
+
+    def notes(self) -> Counter[str]:
+        """The counts of all blocks, those of an earlier run included."""
+        total: Counter[str] = Counter()
+        for counts in self._notes.values():
+            total.update(counts)
+        return total
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """What the method reported, by tensor."""
+        return {name: dict(self._figures[name]) for name in self._notes if self._figures.get(name)}
+
+    def doubted(self) -> list[BlockKey]:
+        """The blocks whose result is in doubt, in order."""
+        return sorted((key for keys in self._doubted.values() for key in keys), key=lambda key: (key.name, key.start))
+
+    def repeat(self) -> list[BlockKey]:
+        """The doubted blocks, which are now to be merged once more and then stand."""
+        keys = self.doubted()
+        for key in keys:
+            self._left[key.name] += key.stop - key.start
+        self._doubted = {}
+        return keys
+
+    def accept(self) -> None:
+        """The doubted blocks stand as they are."""
+        names, self._doubted = list(self._doubted), {}
+        for name in names:
+            self._finish(name)
