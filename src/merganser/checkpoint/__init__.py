@@ -2,7 +2,7 @@
 
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._carry import output_config, side_files
-from merganser.checkpoint._digest import sampled_sha256, sha256_file, sha256_range
+from merganser.checkpoint._digest import describe_file, sha256_range
 from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool, open_regular
@@ -10,6 +10,7 @@ from merganser.checkpoint._folder import refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
 from merganser.checkpoint._open import ModelLike, open_checkpoint
+from merganser.checkpoint._safetensors import read_header
 from merganser.checkpoint._writer import Shard, ShardWriter, index_of, lay_out, write_error
 
 __all__ = [
@@ -21,16 +22,16 @@ __all__ = [
     "Shard",
     "ShardWriter",
     "average_experts",
+    "describe_file",
     "index_of",
     "lay_out",
     "open_checkpoint",
     "open_regular",
     "output_config",
     "parse_json",
+    "read_header",
     "read_json",
     "refuse_unmergeable",
-    "sampled_sha256",
-    "sha256_file",
     "sha256_range",
     "side_files",
     "stamp_of",

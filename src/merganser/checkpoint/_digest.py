@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from merganser.checkpoint._files import open_regular
 from merganser.errors import EnvironmentFault, Place
 
-__all__ = ["SAMPLE_BYTES", "sampled_sha256", "sha256_file", "sha256_range"]
+__all__ = ["describe_file", "sha256_range"]
 
 _CHUNK = 1 << 20
 _RUN = 1 << 16
 _RUNS = 64
 
-SAMPLE_BYTES = _RUN * _RUNS
-"""Files of at most this size are sampled whole."""
+_SMALL = 1 << 24
 
 
 def sha256_range(fd: int, start: int, stop: int) -> str:
@@ -35,43 +35,30 @@ def sha256_range(fd: int, start: int, stop: int) -> str:
     return state.hexdigest()
 
 
-def sha256_file(path: Path) -> tuple[int, str]:
-    """Size and digest of a regular file.
+def describe_file(path: Path, *, whole: bool = True) -> dict[str, Any]:
+    """Size and digest of a regular file: ``{"bytes": ..., "sha256": ...}``.
 
-    Raises:
-        InputError: it does not exist, or is not a regular file.
-        EnvironmentFault: it cannot be read.
-    """
-    return _digest(path, None)
-
-
-def sampled_sha256(path: Path) -> tuple[int, str]:
-    """Size of a regular file, and the digest of its size and of 64 runs of 64 kB spread evenly over it.
-
-    Files of up to 4 MB go in whole. Another file of the same size, such as another fine-tuned model or a damaged
-    download, differs almost everywhere, and so in the sample; a single changed byte may not.
+    With `whole` false, of files over 16 MB only a sample is read: the digest is called ``sampled_sha256`` then, and is
+    that of the size and of 64 runs of 64 kB spread evenly over the file. Another file of the same size, such as another
+    fine-tuned model or a damaged download, differs almost everywhere, and so in the sample; a single changed byte may
+    not.
 
     Raises:
         InputError: it does not exist, or is not a regular file.
         EnvironmentFault: it cannot be read.
 
-    Complexity: O(1): 4 MB are read.
+    Complexity: O(bytes), or O(1) for a sample.
     """
-    return _digest(path, _RUNS)
-
-
-def _digest(path: Path, runs: int | None) -> tuple[int, str]:
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
-        if runs is None:
-            return size, sha256_range(fd, 0, size)
+        if whole or size <= _SMALL:
+            return {"bytes": size, "sha256": sha256_range(fd, 0, size)}
         state = hashlib.sha256(f"{size}\n".encode())
-        whole = size <= _RUN * runs
-        starts = [0] if whole else [(size - _RUN) * i // (runs - 1) for i in range(runs)]
-        for start in starts:
-            state.update(sha256_range(fd, start, size if whole else start + _RUN).encode())
-        return size, state.hexdigest()
+        for index in range(_RUNS):
+            start = (size - _RUN) * index // (_RUNS - 1)
+            state.update(os.pread(fd, _RUN, start))
+        return {"bytes": size, "sampled_sha256": state.hexdigest()}
     except OSError as error:
         raise EnvironmentFault(
             "E0703", f"the file cannot be read: {error.strerror}", places=Place(file=str(path))

@@ -10,16 +10,15 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 import traceback
-import types
 from typing import Any
 
 import typer
 
 from merganser._version import __version__
+from merganser.cli._signals import StoppedError, StopSignals, leave_in_time
 from merganser.errors import MerganserError, UsageError
 
 __all__ = ["app", "emit", "main"]
@@ -66,35 +65,43 @@ def _finite(data: Any) -> Any:
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM arrived."""
-
-
-def _terminate(number: int, frame: types.FrameType | None) -> None:
-    raise _TerminatedError
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code; the console script passes it to the system."""
-    from merganser.cli import advise, collect, diff, explain, inspect, merge, methods, report, stats  # noqa: F401
+    """Run the command line and return its exit code; the console script passes it to the system.
 
-    words = sys.argv[1:] if arguments is None else arguments
-    wants_json = "--json" in words
-    signal.signal(signal.SIGTERM, _terminate)
+    Args:
+        arguments: the words of the command; None for those of the process, which then also ends soon after a signal.
+    """
+    if arguments is None:
+        return leave_in_time(lambda: main(sys.argv[1:]))
+    from merganser.cli import (  # noqa: F401
+        advise,
+        collect,
+        diff,
+        doctor,
+        explain,
+        inspect,
+        merge,
+        methods,
+        report,
+        stats,
+        verify,
+    )
+
+    wants_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=words, prog_name="merganser", standalone_mode=False)
-        sys.stdout.flush()
+        with StopSignals():
+            code = app(args=arguments, prog_name="merganser", standalone_mode=False)
+            sys.stdout.flush()
         return int(code or 0)
     except MerganserError as error:
         _report(error, wants_json)
         return error.exit_code
-    except (KeyboardInterrupt, _TerminatedError) as stop:
-        code = 143 if isinstance(stop, _TerminatedError) else 130
+    except StoppedError as stop:
         print("stopped", file=sys.stderr)
-        return code
+        return stop.exit_code
     except (BrokenPipeError, SystemExit):  # the parser turns a closed stdout into the second
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

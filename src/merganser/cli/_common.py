@@ -15,6 +15,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Inputs = Annotated[
     list[str], typer.Argument(metavar="RECIPE | MODEL...", help="A recipe file; or, with --method, the models.")
 ]
+OptionalInputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE | MODEL...",
+        help="A recipe file; or, with --method, the models; or, with --locked, those that are not beside it.",
+    ),
+]
 MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Merge method; see `merganser methods`.")]
 Base = Annotated[str | None, typer.Option("--base", "-b", help="The model that the others were fine-tuned from.")]
 Weights = Annotated[str | None, typer.Option("--weights", "-w", help="One number per model, e.g. 0.7,0.3.")]

@@ -22,6 +22,7 @@ from merganser.cli._common import (
     MethodName,
     Only,
     Onto,
+    OptionalInputs,
     Seed,
     Set,
     Threads,
@@ -32,16 +33,20 @@ from merganser.cli._common import (
     parse_size,
     settle_process,
 )
-from merganser.errors import escape
+from merganser.errors import UsageError, escape
 
 
 @app.command(
     epilog="Examples: merganser merge recipe.yml -o merged; "
-    "merganser merge -m ties --base base A B -s density=0.2 -o merged"
+    "merganser merge -m ties --base base A B -s density=0.2 -o merged; merganser merge --locked merged -o again"
 )
 def merge(
-    inputs: Inputs,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write, or a name that ends in .safetensors.")],
+    inputs: OptionalInputs = None,
+    locked: Annotated[
+        str | None,
+        typer.Option("--locked", metavar="LOCK", help="Do the merge of a lock file again, and insist on its bytes."),
+    ] = None,
     method: MethodName = None,
     base: Base = None,
     weights: Weights = None,
@@ -72,6 +77,9 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")
     ] = False,
+    hash_inputs: Annotated[
+        bool, typer.Option("--hash-inputs", help="Record digests of all bytes of the inputs, not of a sample.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="A linear system that is not solved to its tolerance is an error.")
     ] = False,
@@ -80,18 +88,29 @@ def merge(
 ) -> None:
     """Merge models into a folder that loads."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    recipe = build_recipe(inputs, method, base, weights, settings, statistics, onto=onto, init=init, **keys)
-    budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+    chosen = (method, base, weights, settings, statistics, onto, init, device, eval_cmd, *keys.values())
+    again = None if locked is None else _locked(locked, inputs or [], any(chosen) or allow_nonfinite)
+    if again is None:
+        recipe = build_recipe(inputs or [], method, base, weights, settings, statistics, onto=onto, init=init, **keys)
+        budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+    else:
+        recipe = again.recipe
+        budget, shard_bytes = parse_size(max_memory), int(again.settings["shard_bytes"])
+        device, allow_nonfinite = again.settings.get("device"), "allow_nonfinite" in again.settings
     from merganser.cli._evaluator import command_evaluator
     from merganser.cli._progress import Progress
     from merganser.engine import make_plan, resolve, save
+
+    def tell(text: str) -> None:
+        if not quiet:
+            print(escape(text), file=sys.stderr)
 
     settle_process()
     evaluator = command_evaluator(eval_cmd)
     recipe, record = resolve(recipe, evaluator, device=device, max_memory=budget, threads=threads)
     plan = make_plan(recipe, threads=threads, max_memory=budget)
-    for text in () if quiet else plan.warnings:
-        print(f"warning: {escape(text)}", file=sys.stderr)
+    for text in (*(again.differences if again is not None else ()), *plan.warnings):
+        tell(f"warning: {text}")
     with Progress(plan.bytes_read, quiet=quiet or json) as progress:
         outcome = save(
             plan,
@@ -99,13 +118,16 @@ def merge(
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             record=record,
+            whole_inputs=hash_inputs,
+            check=None if again is None else again.check,
+            notify=tell,
             device=device,
             allow_nonfinite=allow_nonfinite,
             require_convergence=strict,
             progress=progress,
         )
-    for text in () if quiet else outcome.warnings[len(plan.warnings) :]:
-        print(f"warning: {escape(text)}", file=sys.stderr)
+    for text in outcome.warnings[len(plan.warnings) :]:
+        tell(f"warning: {text}")
     if json:
         emit(
             {
@@ -120,6 +142,18 @@ def merge(
         )
         return
     print(f"{outcome.out}: {plan.coverage()}; {format_size(plan.bytes_written)} in {format_seconds(outcome.seconds)}")
+
+
+def _locked(lock: str, models: list[str], chosen: bool) -> Any:
+    """The merge of a lock file, which leaves no choice."""
+    from merganser.engine import open_locked
+
+    if chosen:
+        raise UsageError(
+            "E0201",
+            "--locked does the merge of the lock file; it goes with --out, --overwrite, --threads, --max-memory only",
+        )
+    return open_locked(lock, models)
 
 
 @app.command()

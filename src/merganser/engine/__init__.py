@@ -3,17 +3,20 @@
 from merganser.engine._api import merge
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
+from merganser.engine._locked import Locked, open_locked
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
 from merganser.engine._names import describe_method
 from merganser.engine._onto import onto_recipe
 from merganser.engine._place import check_output
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
+from merganser.engine._provenance import versions
 from merganser.engine._relations import Counts, Relations, relate
 from merganser.engine._search import Evaluator, FolderEvaluator, resolve
 from merganser.engine._stream import Stream
 from merganser.engine._subspaces import Subspaces, sample_matrices, subspaces
 from merganser.engine._tensor import Input, TensorPlan
+from merganser.engine._verify import Verified, verify
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -25,6 +28,7 @@ __all__ = [
     "FolderEvaluator",
     "Input",
     "LocalThreads",
+    "Locked",
     "Outcome",
     "Plan",
     "Relations",
@@ -32,6 +36,7 @@ __all__ = [
     "Subspaces",
     "TensorPlan",
     "TensorStatistics",
+    "Verified",
     "available_cores",
     "check_output",
     "compare",
@@ -43,6 +48,7 @@ __all__ = [
     "matching_tensors",
     "merge",
     "onto_recipe",
+    "open_locked",
     "relate",
     "resolve",
     "sample_matrices",
@@ -50,4 +56,6 @@ __all__ = [
     "statistics",
     "subspaces",
     "to_memory",
+    "verify",
+    "versions",
 ]

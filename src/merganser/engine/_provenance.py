@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.checkpoint import Checkpoint, FileCheckpoint, sampled_sha256, sha256_file
+from merganser.checkpoint import Checkpoint, FileCheckpoint, describe_file
 from merganser.engine._executor import LocalThreads
 from merganser.engine._key import statistics_of
 from merganser.engine._lock import canonical_sha256
@@ -137,7 +137,7 @@ def _inputs(plan: Plan, whole: bool) -> list[dict[str, Any]]:
     """The parents: their names, a digest of the names, shapes and types of their tensors, and their files."""
     paths = [path for checkpoint in plan.checkpoints for path in input_files(checkpoint)]
     found = digest_files(paths, plan.threads, whole=whole)
-    return [_input(checkpoint, found, whole) for checkpoint in plan.checkpoints]
+    return [_input(checkpoint, found) for checkpoint in plan.checkpoints]
 
 
 def input_files(checkpoint: Checkpoint) -> list[Path]:
@@ -145,23 +145,23 @@ def input_files(checkpoint: Checkpoint) -> list[Path]:
     return list(checkpoint.files()) if isinstance(checkpoint, FileCheckpoint) else []
 
 
-def digest_files(paths: Iterable[Path], threads: int, *, whole: bool) -> dict[Path, tuple[int, str]]:
-    """Size and digest of files: of all their bytes, or of a sample."""
+def digest_files(paths: Iterable[Path], threads: int, *, whole: bool) -> dict[Path, dict[str, Any]]:
+    """Size and digest of files: of all their bytes, or of a sample where they are large."""
     unique = list(dict.fromkeys(paths))
-    return dict(zip(unique, LocalThreads(threads).map(sha256_file if whole else sampled_sha256, unique), strict=True))
+    found = LocalThreads(threads).map(lambda path: describe_file(path, whole=whole), unique)
+    return dict(zip(unique, found, strict=True))
 
 
-def _input(checkpoint: Checkpoint, digests: Mapping[Path, tuple[int, str]], whole: bool) -> dict[str, Any]:
+def _input(checkpoint: Checkpoint, digests: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     specs = checkpoint.specs()
     layout = json.dumps([[name, list(spec.shape), str(spec.dtype)] for name, spec in sorted(specs.items())])
-    kind = "sha256" if whole else "sampled_sha256"
     return {
         "name": Path(checkpoint.folder or checkpoint.label).name,
         **_hub(checkpoint.folder),
         "tensors": len(specs),
         "bytes": sum(spec.nbytes for spec in specs.values()),
         "layout_sha256": hashlib.sha256(layout.encode()).hexdigest(),
-        "files": {path.name: {"bytes": digests[path][0], kind: digests[path][1]} for path in input_files(checkpoint)},
+        "files": {path.name: digests[path] for path in input_files(checkpoint)},
     }
 
 
@@ -176,5 +176,4 @@ def _hub(folder: Path | None) -> dict[str, str]:
 def _statistics(source: Any, whole: bool) -> dict[str, Any]:
     if not isinstance(source, str | Path):
         return {"name": "statistics in memory"}
-    size, digest = (sha256_file if whole else sampled_sha256)(Path(source))
-    return {"name": Path(source).name, "bytes": size, "sha256" if whole else "sampled_sha256": digest}
+    return {"name": Path(source).name, **describe_file(Path(source), whole=whole)}
