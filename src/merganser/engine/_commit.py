@@ -22,7 +22,7 @@ from merganser.engine._card import model_card
 from merganser.engine._hold import Hold
 from merganser.engine._lock import LOCK_FILE, render_lock
 from merganser.engine._partial import JOURNAL, Journal, Partial, beside, shortened, siblings, sync_folder
-from merganser.engine._place import check_free, files_of
+from merganser.engine._place import check_free, remove_output
 from merganser.engine._plan import Plan
 from merganser.engine._side import SideWriter, as_json, carried, config_of, described, parts_of
 from merganser.engine._sink import Finished
@@ -112,8 +112,8 @@ class FolderOutput:
         for old in siblings(self._out, "old"):
             if not os.path.lexists(self._out):
                 old.rename(self._out)
-            elif files_of(old) is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            else:
+                remove_output(old)
         check_free(self._out, overwrite=self._overwrite)
 
     def _earlier(self) -> Partial | None:
@@ -248,7 +248,8 @@ class FolderOutput:
             ) from None
         self._made = []
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_output(old)
         for partial in self._stale:
             partial.remove()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from merganser.engine._partial import Partial
 from merganser.engine._plan import Plan
 from merganser.errors import EnvironmentFault, MerganserError, Place, ResourceError
 
-__all__ = ["check_free", "check_output", "files_of"]
+__all__ = ["check_free", "check_output", "remove_output"]
 
 
 def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = None) -> None:
@@ -98,6 +99,20 @@ def files_of(out: Path) -> set[str] | None:
         return set(read_lock(out / LOCK_FILE)["files"])
     except (MerganserError, KeyError, TypeError):
         return None
+
+
+def remove_output(out: Path) -> None:
+    """Remove the files that an earlier merge wrote, its lock file last, and folders that are empty then.
+
+    What is killed half way can so be taken up again; files of others stay.
+    """
+    present = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    ours = (files_of(out) or set()) & present
+    for name in (*sorted(ours - {LOCK_FILE}), *sorted(ours & {LOCK_FILE})):
+        (out / name).unlink(missing_ok=True)
+    for folder in (*sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True), out):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _existing_parent(path: Path) -> Path:
