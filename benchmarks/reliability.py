@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tests.faults.killing import Lab, Merge, Point
 
 from merganser.engine import verify
 from merganser.errors import MerganserError
-from tests.faults.killing import Lab, Merge, Point
 
 
 def make_models(folder: Path) -> None:

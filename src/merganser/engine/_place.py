@@ -15,6 +15,8 @@ from merganser.errors import EnvironmentFault, MerganserError, Place, ResourceEr
 
 __all__ = ["check_free", "check_output", "remove_output"]
 
+_LOADED = ("config.json", "model.safetensors.index.json")
+
 
 def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = None) -> None:
     """Refuse an output that exists, that is an input or lies inside one, or that does not fit the disk.
@@ -102,13 +104,14 @@ def files_of(out: Path) -> set[str] | None:
 
 
 def remove_output(out: Path) -> None:
-    """Remove the files that an earlier merge wrote, its lock file last, and folders that are empty then.
+    """Remove the files that an earlier merge wrote, and folders that are empty then; files of others stay.
 
-    What is killed half way can so be taken up again; files of others stay.
+    What loaders look for goes first, so that none accepts a part; the lock file goes last, so that the next run can
+    take up what is killed half way.
     """
     present = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
     ours = (files_of(out) or set()) & present
-    for name in (*sorted(ours - {LOCK_FILE}), *sorted(ours & {LOCK_FILE})):
+    for name in sorted(ours, key=lambda name: (name == LOCK_FILE, Path(name).name not in _LOADED, name)):
         (out / name).unlink(missing_ok=True)
     for folder in (*sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True), out):
         with contextlib.suppress(OSError):
