@@ -15,7 +15,7 @@ from merganser.methods import Block, BlockKey, Method
 
 __all__ = ["PIECE", "Reader", "Scratch", "StreamBlock"]
 
-PIECE = 1 << 17
+PIECE = 1 << 18
 """Elements that are read or written at a time: as many as stay in the processor's cache until they are converted."""
 
 
@@ -23,14 +23,19 @@ class Scratch(threading.local):
     """Buffers of one thread, made once and used for every block."""
 
     def __init__(self) -> None:
-        self._buffers: dict[object, torch.Tensor] = {}
+        self._buffers: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A flat buffer, uninitialised."""
-        found = self._buffers.get((key, dtype))
-        if found is None or found.numel() < numel:
-            found = self._buffers[key, dtype] = torch.empty(numel, dtype=dtype, device=device)
-        return found[:numel]
+        kept = self._buffers.get((key, dtype))
+        if kept is not None and kept[0].numel() == numel:
+            return kept[0]
+        whole = None if kept is None else kept[1]
+        if whole is None or whole.numel() < numel:
+            whole = torch.empty(numel, dtype=dtype, device=device)
+        part = whole[:numel]
+        self._buffers[key, dtype] = (part, whole)
+        return part
 
 
 class Reader:
@@ -66,11 +71,11 @@ class Reader:
         if native == target.dtype and target.device.type == "cpu":
             self.read(source, start, stop, target)
         else:
-            for first in range(0, target.numel(), PIECE):
-                last = min(target.numel(), first + PIECE)
+            for first in range(start, stop, PIECE):
+                last = min(stop, first + PIECE)
                 raw = self.scratch.get("raw", last - first, native, torch.device("cpu"))
-                self.read(source, start + first, start + last, raw)
-                target[first:last].copy_(raw)
+                self.read(source, first, last, raw)
+                (target if last - first == stop - start else target[first - start : last - start]).copy_(raw)
         if self.check_finite and source.spec.is_float and kernels.count_nonfinite(target):
             raise nonfinite_input(source)
         return target

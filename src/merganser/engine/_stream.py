@@ -19,6 +19,12 @@ __all__ = ["Stream"]
 
 T = TypeVar("T")
 
+_RUN = 1 / 16
+"""The least share of a block that a sample takes; of a smaller sample some blocks are left out instead."""
+
+_TOGETHER = 8
+"""Blocks of a sample that make a task."""
+
 
 class _StreamContext(Context):
     """Passes over the tensors that one method merges."""
@@ -47,8 +53,18 @@ class _StreamContext(Context):
             return results
 
         executor = self._stream.executor_for(self._tensors) if as_merged else self._stream.executor
-        for results in executor.map(run, self._stream.tasks(self._tensors.values(), as_merged=as_merged)):
+        tasks = self._stream.tasks(self._tensors.values(), as_merged=as_merged)
+        if share < _RUN:
+            tasks, share = _some(tasks, round(_RUN / share)), _RUN
+        for results in executor.map(run, tasks):
             yield from results
+
+
+def _some(tasks: Iterable[list[BlockKey]], stride: int) -> Iterator[list[BlockKey]]:
+    """Every so many-th block, if there are many."""
+    blocks = [key for task in tasks for key in task]
+    chosen = blocks[:: stride if len(blocks) > 64 * stride else 1]
+    return (chosen[first : first + _TOGETHER] for first in range(0, len(chosen), _TOGETHER))
 
 
 def _middle(key: BlockKey, share: float) -> BlockKey:

@@ -155,7 +155,8 @@ class Context(ABC):
 
         Args:
             fn: called with each block.
-            share: read only this fraction of every block (its middle), as a sample of the model.
+            share: read only about this fraction, as a sample of the model: 1/16 or more of the middle of every block,
+                or, for a smaller share of a large model, 1/16 of some of them.
             as_merged: divide the tensors as for `Method.merge`, into whole tensors or rows, instead of at multiples of
                 `kernels.CHUNK`.
         """
