@@ -23,23 +23,29 @@ __all__ = [
     "Bracket",
     "Partials",
     "RankCounter",
-    "any_of",
     "at_least",
+    "balance",
+    "between",
     "chunk_dots",
     "chunk_l1",
     "compute_dtype",
     "count_nonfinite",
+    "count_ones",
     "drop_mask",
     "equal_to",
     "exact_sum",
     "first_nonfinite",
+    "flip_",
     "key_dtype",
     "key_value",
     "magnitude_keys",
+    "mask_",
     "nonzero",
+    "positions",
     "row_dots",
     "row_l1",
     "row_order",
+    "sign_bits_",
     "signed_keys",
     "top_key",
     "trim_below_",
@@ -48,6 +54,9 @@ __all__ = [
 
 _EXPONENTS = {"bfloat16": np.int16(0x7F80), "float16": np.int16(0x7C00)}
 """The exponent bits of 16-bit types; all are set in NaN and infinite values."""
+
+_DOT = 1 << 13
+"""Elements of an inner product that one thread computes."""
 
 CHUNK = 1 << 14
 """Elements over which floating-point reductions run; blocks begin at multiples of it."""
@@ -83,11 +92,46 @@ def nonzero(x: torch.Tensor) -> torch.Tensor:
     return (x != 0).to(torch.uint8)
 
 
-def any_of(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two masks (uint8) are 1 at the same place."""
-    if a.device.type == "cpu":
-        return bool(np.bitwise_and(a.numpy(), b.numpy()).any())
-    return bool((a & b).any())
+def count_ones(mask: torch.Tensor) -> int:
+    """The number of ones of a mask (uint8)."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """The indices of the ones of a flat mask (uint8)."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.nonzero(mask).view(-1)
+
+
+def balance(x: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many more positive elements than negative ones `x` has, and the mask (uint8) of those that are neither."""
+    if x.device.type == "cpu":
+        array = x.numpy()
+        signed = np.greater(array, 0)
+        positive = int(np.count_nonzero(signed))
+        zero = np.equal(array, 0)
+        return 2 * positive - (array.size - int(np.count_nonzero(zero))), torch.from_numpy(zero.view(np.uint8))
+    return int(x.sign().sum()), (x == 0).to(torch.uint8)
+
+
+def mask_(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Set the elements of `x` to +0 where the mask (uint8) is 0, in place."""
+    kept = mask.to(key_dtype(x.dtype)).neg_()
+    x.view(kept.dtype).bitwise_and_(kept)
+    return x
+
+
+def sign_bits_(x: torch.Tensor) -> torch.Tensor:
+    """The sign bits of `x`, for `flip_`. `x` is overwritten."""
+    bits = x.view(key_dtype(x.dtype))
+    return bits.bitwise_and_(torch.iinfo(bits.dtype).min)
+
+
+def flip_(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Negate the elements of `x` whose bit is set in `signs`, in place."""
+    x.view(signs.dtype).bitwise_xor_(signs)
+    return x
 
 
 def equal_to(x: torch.Tensor, value: float) -> torch.Tensor:
@@ -106,7 +150,21 @@ def chunk_dots(a: torch.Tensor, b: torch.Tensor) -> Partials:
 
     `exact_sum` of those of all blocks is the inner product of the tensors, whatever the blocks were.
     """
-    return _by_chunk(a, lambda x, first, last: x * b[first:last].view_as(x))
+    if a.device.type != "cpu":
+        return _by_chunk(a, lambda x, first, last: x * b[first:last].view_as(x))
+    x, y = a.numpy(), b.numpy()
+    buffers = np.empty((2, min(CHUNK, max(1, x.size))))
+    parts = np.zeros(-(-x.size // CHUNK))
+    for index, first in enumerate(range(0, x.size, CHUNK)):
+        last = min(first + CHUNK, x.size)
+        left = right = buffers[0, : last - first]
+        left[:] = x[first:last]
+        if a is not b:
+            right = buffers[1, : last - first]
+            right[:] = y[first:last]
+        # longer products would be divided among threads, and rounded as their number is
+        parts[index] = sum(float(np.dot(left[i : i + _DOT], right[i : i + _DOT])) for i in range(0, last - first, _DOT))
+    return parts
 
 
 def chunk_l1(a: torch.Tensor) -> Partials:
@@ -201,6 +259,16 @@ def signed_keys(x: torch.Tensor) -> torch.Tensor:
     keys = x.view(key_dtype(x.dtype))
     negative = keys >> (8 * keys.element_size() - 1)  # -1 or 0
     return keys.bitwise_and_(torch.iinfo(keys.dtype).max).bitwise_xor_(negative).sub_(negative)
+
+
+def between(x: torch.Tensor, low: float, high: float) -> npt.NDArray[np.floating]:
+    """The positive elements of a flat tensor from `low` on and below `high`, in their order."""
+    array = x.cpu().numpy()
+    inside = array >= low if low > 0 else array > 0
+    if not math.isinf(high):
+        inside &= array < high
+    found: npt.NDArray[np.floating] = array[np.flatnonzero(inside)]
+    return found
 
 
 def key_value(key: int, dtype: torch.dtype) -> float:
@@ -300,7 +368,6 @@ class RankCounter:
                 self.bins += counts
                 self.size += keys.numel()
             return
-        # the first key is counted apart: where task vectors are sparse it is 0, and nearly all entries have it
         below, first, inside = _split(keys, low, high)
         index = (inside >> shift).long().sub_(low >> shift).cpu()
         with self._lock:
@@ -311,13 +378,19 @@ class RankCounter:
 
 
 def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
-    """The numbers of keys below `low` and equal to it, and the keys in ``(low, high)``."""
+    """The numbers of keys below `low` and equal to it, and the keys in ``[low, high)``, or those that are not equal."""
     if keys.device.type == "cpu":
         array = keys.numpy()
-        upper = array > low
-        first = int(np.count_nonzero(array == low))
-        below = array.size - int(np.count_nonzero(upper)) - first
-        np.logical_and(upper, array < high, out=upper)
-        return below, first, torch.from_numpy(array[np.flatnonzero(upper)])
+        upper = array >= low
+        below = array.size - int(np.count_nonzero(upper))
+        inside = np.less(array, high, out=np.empty_like(upper))
+        inside &= upper
+        first = 0
+        if int(np.count_nonzero(inside)) > array.size >> 4:
+            # where task vectors are sparse or coarse nearly all entries inside may be equal: counting is faster
+            upper = array == low
+            first = int(np.count_nonzero(upper))
+            inside &= np.logical_not(upper, out=upper)
+        return below, first, torch.from_numpy(array[np.flatnonzero(inside)])
     first = int((keys == low).sum())
     return int((keys < low).sum()), first, keys[(keys > low) & (keys < high)]

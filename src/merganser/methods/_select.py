@@ -33,11 +33,7 @@ class Threshold:
     before: Mapping[BlockKey, int] = field(default_factory=dict)
 
     def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
-        """Set the entries that are not kept to zero, in place.
-
-        Returns:
-            The mask of what is kept (uint8), without entries that were zero anyway.
-        """
+        """Set the entries that are not kept to zero, in place."""
         if self.value > 0:
             tied = None
             if self.quota is not None:
@@ -45,7 +41,7 @@ class Threshold:
             kernels.trim_below_(delta, self.value)
             if tied is not None:
                 delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
-        return kernels.nonzero(delta)
+        return delta
 
 
 def task_vectors(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -75,21 +71,34 @@ def exact_thresholds(
     if numel:
         found = select(context, [[min(numel - 1, max(0, numel - n)) for n in own] for own in kept], values)
     limits = [[0.0 if n >= numel else v for n, v in zip(*own, strict=True)] for own in zip(kept, found, strict=True)]
-    larger, equal = ([[0] * len(own) for own in kept] for _ in range(2))
-    before: list[list[dict[BlockKey, int]]] = [[{} for _ in own] for own in kept]
-    for key, counts in context.each(lambda block: _count_around(block, limits, values)):
-        for model, own in enumerate(counts):
-            for index, (above, tied) in enumerate(own):
-                before[model][index][key] = equal[model][index]
-                larger[model][index] += above
-                equal[model][index] += tied
+    counts = [[Tally() for _ in own] for own in kept]
+    for key, pieces in context.each(lambda block: _count_around(block, limits, values)):
+        for tallies, own in zip(counts, pieces, strict=True):
+            for tally, (above, tied) in zip(tallies, own, strict=True):
+                tally.add(key, above, tied)
     return [
-        tuple(
-            Threshold(value, quota=n - above, before=seen) if n else Threshold(float("inf"))
-            for value, n, above, seen in zip(*own, strict=True)
-        )
-        for own in zip(limits, kept, larger, before, strict=True)
+        tuple(tally.threshold(value, n) for tally, value, n in zip(*own, strict=True))
+        for own in zip(counts, limits, kept, strict=True)
     ]
+
+
+@dataclass
+class Tally:
+    """The numbers of magnitudes above a value and equal to it, block by block."""
+
+    above: int = 0
+    equal: int = 0
+    before: dict[BlockKey, int] = field(default_factory=dict)
+
+    def add(self, key: BlockKey, above: int, equal: int) -> None:
+        """Count the next block."""
+        self.before[key] = self.equal
+        self.above += above
+        self.equal += equal
+
+    def threshold(self, value: float, kept: int) -> Threshold:
+        """What keeps that many entries."""
+        return Threshold(value, quota=kept - self.above, before=self.before) if kept else Threshold(float("inf"))
 
 
 def _count_around(block: Block, limits: Sequence[Sequence[float]], values: Values) -> list[list[tuple[int, int]]]:
@@ -97,8 +106,8 @@ def _count_around(block: Block, limits: Sequence[Sequence[float]], values: Value
     counts = []
     for numbers, own in zip(values(block, range(len(limits))), limits, strict=True):
         magnitude = numbers.abs_()
-        tied = [int(kernels.equal_to(magnitude, limit).sum()) for limit in own]
-        above = [int(kernels.at_least(magnitude, limit).sum()) for limit in own]
+        tied = [kernels.count_ones(kernels.equal_to(magnitude, limit)) for limit in own]
+        above = [kernels.count_ones(kernels.at_least(magnitude, limit)) for limit in own]
         counts.append([(upper - same, same) for upper, same in zip(above, tied, strict=True)])
     return counts
 

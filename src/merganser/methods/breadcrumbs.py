@@ -9,13 +9,10 @@ from merganser._torch import torch
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context, Transform, TransformedBlock
 from merganser.methods._options import option, per_model
-from merganser.methods._select import Threshold, exact_thresholds
 from merganser.methods._stages import l1_factors, second_stage, second_state
+from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Breadcrumbs"]
-
-Band = tuple[Threshold, Threshold]
-"""What is kept of a tensor, the outliers included; and the outliers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Breadcrumbs(Method, name="breadcrumbs"):
 
     Then the sum of the task vectors, or TIES' election of signs and the mean of what agrees.
 
-    Thresholds are exact, by streaming radix selection: three passes, and one to merge. O(models x elements).
+    Thresholds are exact: sought in an interval that a sample guesses and a pass verifies. One more pass to merge.
+    O(models x elements).
     """
 
     density: float = option(0.9, "share of each tensor that is kept", ge=0.0, le=1.0, per_model=True)
@@ -46,7 +44,7 @@ class Breadcrumbs(Method, name="breadcrumbs"):
         helps="Many tasks, and fine-tunes with a few very large changes.",
         hurts="Task vectors whose largest entries carry the task.",
         work=16,
-        passes=4,
+        passes=2,
         deviations="mergekit empties tensors in which int(gamma n) is 0, and sums after an election (merge=sum) unless "
         "told to normalise; MergeLLM keeps two entries more (count=mergellm).",
     )
@@ -59,8 +57,8 @@ class Breadcrumbs(Method, name="breadcrumbs"):
         self._second().check(models, weights)
 
     def passes(self) -> int:
-        """Two radix digits, the equal magnitudes, the L1 norms if they are asked for, and the merge."""
-        return 4 + (self.rescale == "l1")
+        """The thresholds, the L1 norms if they are asked for, and the merge."""
+        return 2 + (self.rescale == "l1")
 
     def buffers(self, models: int) -> int:
         """Those of the merge, and the outliers with their mask."""
@@ -82,7 +80,11 @@ class Breadcrumbs(Method, name="breadcrumbs"):
 
     def prepare(self, context: Context) -> Transform:
         """The thresholds of every tensor, and the L1 norms if they are asked for."""
-        bands = {name: self._bands(context.only(name)) for name in context.specs}
+        counts = {
+            name: [self.kept(spec.numel, index) for index in range(context.models)]
+            for name, spec in context.specs.items()
+        }
+        bands = tensor_thresholds(context, lambda name, nonzero: counts[name])
 
         def cut(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
             outer, top = bands[block.key.name][index]
@@ -95,10 +97,6 @@ class Breadcrumbs(Method, name="breadcrumbs"):
             return cut
         factors = l1_factors(context, cut)
         return lambda block, index, delta: cut(block, index, delta).mul_(factors[block.key.name][index])
-
-    def _bands(self, context: Context) -> list[Band]:
-        counts = [self.kept(context.numel, index) for index in range(context.models)]
-        return [(outer, top) for outer, top in exact_thresholds(context, counts)]
 
     def merge(self, block: Block, state: Transform) -> torch.Tensor:
         """The second stage on what is kept."""

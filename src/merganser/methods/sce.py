@@ -13,7 +13,8 @@ from merganser.kernels import Partials
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
-from merganser.methods._select import Threshold, exact_thresholds
+from merganser.methods._select import Threshold
+from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Sce"]
 
@@ -37,8 +38,8 @@ class Sce(Method, name="sce"):
     3. Erase: ``s = sign(sum_i w_i t_i)``, + where that is zero; entries of another sign are dropped.
     4. ``W = W_0 + scale sum_i c_i t_i / sum_i c_i`` over the models whose entry is left.
 
-    Exact: the threshold comes from radix selection, the energies from float64 sums. Two passes, eight with a selection;
-    O(models x elements).
+    Exact: the threshold is found in an interval that a sample guesses and a pass verifies, the energies are float64
+    sums. Two passes, three with a selection; O(models x elements).
     """
 
     select: float = option(1.0, "share of each tensor's varying entries that is kept", ge=0.0, le=1.0)
@@ -65,8 +66,8 @@ class Sce(Method, name="sce"):
             )
 
     def passes(self) -> int:
-        """Energies and merge; with a selection both read twice, and the variance is counted and ranked before."""
-        return 2 if self.select == 1 else 8
+        """Energies and merge; a selection ranks the variances before."""
+        return 2 if self.select == 1 else 3
 
     def buffers(self, models: int) -> int:
         """One per model, and five for sums, variances and masks."""
@@ -76,12 +77,8 @@ class Sce(Method, name="sce"):
         """The thresholds of the variance, and the energies of what they leave."""
         thresholds = dict.fromkeys(context.specs, Threshold(0.0))
         if self.select < 1:
-            varying: dict[str, int] = defaultdict(int)
-            for key, count in context.each(lambda block: int(kernels.nonzero(_variance(block)).sum())):
-                varying[key.name] += count
-            for name in context.specs:
-                kept = int(varying[name] * self.select)
-                ((thresholds[name],),) = exact_thresholds(context.only(name), [[kept]], _variances)
+            found = tensor_thresholds(context, lambda name, n: [[int(n[0] * self.select)]], _variances, models=1)
+            thresholds |= {name: threshold for name, ((threshold,),) in found.items()}
         shares: dict[str, list[float]] = {}
         state = _SceState(thresholds, shares)
         parts: dict[str, list[list[Partials]]] = defaultdict(list)
@@ -95,10 +92,13 @@ class Sce(Method, name="sce"):
 
     def _selected(self, block: Block, state: _SceState) -> list[torch.Tensor]:
         """The task vectors without what was not selected."""
-        if self.select == 1:
-            return block.deltas()
-        kept = state.thresholds[block.key.name].trim(_variance(block), block.key)
-        return [delta.mul_(kept) for delta in block.deltas()]
+        deltas = block.deltas()
+        if self.select < 1:
+            variance = state.thresholds[block.key.name].trim(_variance(block, deltas), block.key)
+            kept = kernels.nonzero(variance)
+            for delta in deltas:
+                kernels.mask_(delta, kept)
+        return deltas
 
     def _energies(self, block: Block, state: _SceState) -> list[Partials]:
         return [kernels.chunk_dots(delta, delta) for delta in self._selected(block, state)]
@@ -106,33 +106,31 @@ class Sce(Method, name="sce"):
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""
         deltas = self._selected(block, state)
-        sign = block.buffer("sign").zero_()
+        total, divisor = block.buffer("total").zero_(), block.buffer("divisor").zero_()
         for delta, weight in zip(deltas, block.weights, strict=True):
-            sign.add_(delta, alpha=weight)
-        sign.sign_().add_(kernels.equal_to(sign, 0.0))
-        total, divisor, agrees = block.buffer("total").zero_(), block.buffer("divisor").zero_(), block.buffer("agrees")
+            total.add_(delta, alpha=weight)
+        negative = kernels.sign_bits_(block.buffer("sign").copy_(total.add_(0.0)))
+        total.zero_()
         for delta, weight, share in zip(deltas, block.weights, state.shares[block.key.name], strict=True):
-            left = delta.mul_(sign).clamp_(min=0)
+            left = kernels.flip_(delta, negative).clamp_(min=0)
             total.add_(left, alpha=weight * share)
-            divisor.add_(torch.sign(left, out=agrees), alpha=weight * share)
+            divisor.add_(kernels.nonzero(left), alpha=weight * share)
         # where nothing is left the sum is 0, whatever it is divided by
         total.div_(divisor.clamp_(min=torch.finfo(divisor.dtype).tiny))
-        return total.mul_(sign).mul_(self.scale).add_(block.base)
+        return kernels.flip_(total, negative).mul_(self.scale).add_(block.base)
 
 
 def _variances(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
-    return iter((_variance(block),))
+    return iter((_variance(block, block.deltas()),))
 
 
-def _variance(block: Block) -> torch.Tensor:
+def _variance(block: Block, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """The variance of the task vectors over the models, entry by entry, in a buffer."""
-    models = len(block.weights)
-    mean, variance = block.buffer("mean").zero_(), block.buffer("variance").zero_()
-    deltas = block.deltas()
+    mean, variance, gap = block.buffer("mean").zero_(), block.buffer("variance").zero_(), block.buffer("gap")
     for delta in deltas:
         mean.add_(delta)
-    mean.div_(models)
+    mean.div_(len(deltas))
     for delta in deltas:
-        delta.sub_(mean)
-        variance.addcmul_(delta, delta)
-    return variance.div_(models)
+        torch.sub(delta, mean, out=gap)
+        variance.addcmul_(gap, gap)
+    return variance.div_(len(deltas))

@@ -11,6 +11,7 @@ from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option, per_model
 from merganser.methods._select import Threshold, exact_thresholds, magnitude_thresholds
+from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Ties", "TiesState"]
 
@@ -73,26 +74,31 @@ class Ties(Method, name="ties"):
     needs = frozenset({"base"})
 
     def passes(self) -> int:
-        """Thresholds and merge; per tensor both radix digits are read in full; an exact count needs one more."""
-        return 2 + (self.trim == "tensor") + 2 * (self.count == "exact")
+        """Thresholds and merge; an exact count over the whole model needs two more."""
+        return 2 + 2 * (self.count == "exact" and self.trim == "model")
 
     def prepare(self, context: Context) -> TiesState:
         """The thresholds, and an estimate of the majority sign."""
+        thresholds: dict[str | None, tuple[Threshold, ...]] = {}
         if self.trim == "model":
-            scopes: dict[str | None, Context] = {None: context}
+            thresholds[None] = self._thresholds(context)
         else:
-            scopes = {name: context.only(name) for name in context.specs}
-        state = TiesState({scope: self._thresholds(part) for scope, part in scopes.items()}, majority=0)
+            thresholds |= self._tensor_thresholds(context)
+        state = TiesState(thresholds, majority=0)
         if self.zero_sign == "positive":
             return replace(state, majority=1)
         sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
         share = _SAMPLE if sampled else 1.0
-        balances = context.each(lambda block: int(self._elect(block, state)[1].sum()), share=share)
+        balances = context.each(lambda block: kernels.balance(self._trimmed(block, state)[1])[0], share=share)
         return replace(state, majority=_sign(sum(balance for _, balance in balances)))
+
+    def _kept(self, numel: int, models: int) -> list[int]:
+        """How many entries of each model are kept, without the authors' one more."""
+        return [int(numel * per_model(self.density, index)) for index in range(models)]
 
     def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
         numel = context.numel
-        kept = [int(numel * per_model(self.density, index)) for index in range(context.models)]
+        kept = self._kept(numel, context.models)
         if self.count == "exact":
             return tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))
         # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
@@ -101,59 +107,93 @@ class Ties(Method, name="ties"):
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
         return tuple(Threshold(value) for value in values)
 
-    def _elect(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """The trimmed, weighted task vectors, the sign of their sum, and where any of them is kept."""
+    def _tensor_thresholds(self, context: Context) -> dict[str, tuple[Threshold, ...]]:
+        more = 0 if self.count == "exact" else 1
+        counts = {
+            name: [[n + more] for n in self._kept(spec.numel, context.models)] for name, spec in context.specs.items()
+        }
+        found = tensor_thresholds(context, lambda name, nonzero: counts[name])
+        exact = {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
+        if self.count == "exact":
+            return exact
+        return {name: tuple(Threshold(own.value) for own in thresholds) for name, thresholds in exact.items()}
+
+    def _trimmed(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The trimmed, weighted task vectors, and their sum."""
         thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
-        total = block.buffer("sign")
+        total = block.buffer("total")
         trimmed: list[torch.Tensor] = []
         for index, (weight, threshold) in enumerate(zip(block.weights, thresholds, strict=True)):
-            delta = block.delta(index)
-            keep = threshold.trim(delta, block.key)
+            delta = threshold.trim(block.delta(index), block.key)
             if weight != 1:
                 delta.mul_(weight)
-            if not trimmed:
-                total.copy_(delta)
-                kept = keep
-            else:
+            if len(trimmed) == 1:
+                torch.add(trimmed[0], delta, out=total)
+            elif trimmed:
                 total.add_(delta)
-                kept.bitwise_or_(keep)
             trimmed.append(delta)
-        return trimmed, total.sign_(), kept
+        return trimmed, total if len(trimmed) > 1 else total.copy_(trimmed[0])
 
     def merge(self, block: Block, state: TiesState) -> torch.Tensor:
         """The disjoint merge of one block."""
-        trimmed, sign, kept = self._elect(block, state)
-        undecided = kernels.equal_to(sign, 0.0)
-        block.note("balance", int(sign.sum()))
-        if len(trimmed) > 1 and kernels.any_of(undecided, kept):
+        trimmed, total = self._trimmed(block, state)
+        cancelled = None
+        if self.zero_sign == "majority":
+            balance, undecided = kernels.balance(total)
+            block.note("balance", balance)
+            cancelled = self._cancelled(trimmed, undecided)
+        negative = kernels.sign_bits_(total)
+        if cancelled is not None:
             block.doubt()
-            sign.add_(undecided, alpha=state.majority)
-        merged = self._disjoint(block, trimmed, sign)
+            if state.majority < 0:
+                negative[kernels.positions(cancelled)] = torch.iinfo(negative.dtype).min
+            elif state.majority == 0:
+                for delta in trimmed:
+                    delta[kernels.positions(cancelled)] = 0
+        merged = kernels.flip_(self._disjoint(block, trimmed, negative), negative)
         if self.scale != 1:
             merged.mul_(self.scale)
         return merged.add_(block.base)
 
-    def _disjoint(self, block: Block, trimmed: list[torch.Tensor], sign: torch.Tensor) -> torch.Tensor:
-        agreeing = [delta.mul_(sign).clamp_(min=0) for delta in trimmed]
+    def _cancelled(self, trimmed: list[torch.Tensor], undecided: torch.Tensor) -> torch.Tensor | None:
+        """The mask of entries that add up to exactly zero, of which one is not the last model's; None without any."""
+        if len(trimmed) < 2:
+            return None
+        kept = kernels.nonzero(trimmed[0])
+        for delta in trimmed[1:-1]:
+            kept.bitwise_or_(kernels.nonzero(delta))
+        kept.bitwise_and_(undecided)
+        return kept if kernels.count_ones(kept) else None
+
+    def _disjoint(self, block: Block, trimmed: list[torch.Tensor], negative: torch.Tensor) -> torch.Tensor:
+        """What is taken of the magnitudes of the entries with the elected sign."""
+        agreeing = [kernels.flip_(delta, negative).clamp_(min=0) for delta in trimmed]
         result = agreeing[0]
         if self.merge_ == "max":
             for delta in agreeing[1:]:
                 torch.maximum(result, delta, out=result)
-            return result.mul_(sign)
-        share = block.buffer("share")
-        counted = block.buffer("count")
-        if self.merge_ == "mean":
-            torch.sign(result, out=counted)
-            if block.weights[0] != 1:
-                counted.mul_(abs(block.weights[0]))
-        for delta, weight in zip(agreeing[1:], block.weights[1:], strict=True):
+            return result
+        divisor = self._divisor(block, agreeing) if self.merge_ == "mean" else None
+        for delta in agreeing[1:]:
             result.add_(delta)
-            if self.merge_ == "mean":
-                counted.add_(torch.sign(delta, out=share), alpha=abs(weight))
-        if self.merge_ == "mean":
-            # where nothing agrees the sum is 0, whatever it is divided by
-            result.div_(counted.clamp_(min=torch.finfo(counted.dtype).tiny))
-        return result.mul_(sign)
+        return result if divisor is None else result.div_(divisor)
+
+    def _divisor(self, block: Block, agreeing: list[torch.Tensor]) -> torch.Tensor | None:
+        """The sum of the weights of the models that agree; 1 where none does, and the sum of the entries is 0."""
+        sizes = [abs(weight) for weight in block.weights]
+        if len(sizes) == 1 and sizes[0] == 1:
+            return None
+        counted = block.buffer("counted")
+        if len(set(sizes)) == 1 and len(sizes) < 256:
+            votes = kernels.nonzero(agreeing[0])
+            for delta in agreeing[1:]:
+                votes.add_(kernels.nonzero(delta))
+            counted.copy_(votes.clamp_(min=1))
+            return counted if sizes[0] in (0, 1) else counted.mul_(sizes[0])
+        counted.zero_()
+        for delta, size in zip(agreeing, sizes, strict=True):
+            counted.add_(kernels.nonzero(delta), alpha=size)
+        return counted.masked_fill_(counted == 0, 1)
 
     def buffers(self, models: int) -> int:
         """One per model, and four for signs, magnitudes, counts and masks."""
