@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.kernels import CHUNK
+from merganser.kernels import CHUNK, chunk_dots
 from merganser.methods._base import About, Method, check_normalisable
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
@@ -22,6 +22,8 @@ __all__ = ["NuSlerp"]
 Array = npt.NDArray[np.float64]
 
 _COLLINEAR = 1e-8
+_LONGEST = 1 << 13
+"""Elements of a vector that blocks keep together; the inner product of longer ones is divided among threads."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,28 @@ class NuSlerp(Method, name="nuslerp"):
             return count, count, True
         return spec.numel // spec.shape[-1], spec.shape[-1], False
 
+    def row(self, spec: BlockSpec) -> int:
+        """A vector along the last dimension, unless it is long."""
+        count, length, inner = self._rows(spec)
+        return length if count > 1 and not inner and length <= _LONGEST else 1
+
     def prepare(self, context: Context) -> dict[str, Array]:
         """The cosine of every pair of vectors."""
         sums = {name: np.zeros((3, self._rows(spec)[0])) for name, spec in context.specs.items()}
-        for key, pieces in context.each(self._products):
+        for key, pieces in context.each(self._products, as_merged=True):
             for first, piece in pieces:
                 sums[key.name][:, first : first + piece.shape[1]] += piece
         return {name: _cosines(*table) for name, table in sums.items()}
 
     def _products(self, block: Block) -> list[tuple[int, Array]]:
         """Inner product and squared norms of the vectors' parts in every chunk, from the first vector on."""
-        _, length, inner = self._rows(block.spec)
+        count, length, inner = self._rows(block.spec)
         a, b = _vectors(block)
+        if self.row(block.spec) > 1:
+            return [(block.key.start // length, _row_products(a.view(-1, length), b.view(-1, length)))]
+        if count == 1:
+            pairs = ((a, b), (a, a), (b, b))
+            return [(0, part.reshape(3, 1)) for part in np.stack([chunk_dots(x, y) for x, y in pairs], axis=1)]
         buffer = np.empty((3, CHUNK))
         pieces: list[tuple[int, Array]] = []
         for start, first, last in chunks(block):
@@ -110,6 +122,12 @@ class NuSlerp(Method, name="nuslerp"):
         first, second = _vectors(block)
         if len(shares[0]) == 1:
             merged = first.mul_(shares[0].item()).add_(second, alpha=shares[1].item())
+        elif self.row(block.spec) > 1:
+            rows = slice(block.key.start // length, block.key.stop // length)
+            a, b = (torch.from_numpy(share[rows]).to(first).unsqueeze(1) for share in shares)
+            second.view(-1, length).mul_(b)
+            first.view(-1, length).mul_(a)
+            merged = first.add_(second)
         else:
             a, b = (spread(share, block, length, first, inner=inner) for share in shares)
             merged = first.mul_(a).add_(second.mul_(b))
@@ -118,6 +136,17 @@ class NuSlerp(Method, name="nuslerp"):
 
 def _vectors(block: Block) -> list[torch.Tensor]:
     return [block.delta(i, slot=i) if block.based else block.model(i, slot=i) for i in range(2)]
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor) -> Array:
+    """Inner products of the rows of two matrices, and their squared norms."""
+    lines = max(1, CHUNK // a.shape[1])
+    found = np.empty((3, len(a)))
+    for first in range(0, len(a), lines):
+        x, y = (v[first : first + lines].double().cpu().numpy() for v in (a, b))
+        for out, (left, right) in zip(found, ((x, y), (x, x), (y, y)), strict=True):
+            out[first : first + lines] = np.matmul(left[:, None, :], right[:, :, None])[:, 0, 0]
+    return found
 
 
 def _columns(products: Array, offset: int, period: int) -> list[tuple[int, Array]]:

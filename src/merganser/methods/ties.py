@@ -79,12 +79,8 @@ class Ties(Method, name="ties"):
 
     def prepare(self, context: Context) -> TiesState:
         """The thresholds, and an estimate of the majority sign."""
-        thresholds: dict[str | None, tuple[Threshold, ...]] = {}
-        if self.trim == "model":
-            thresholds[None] = self._thresholds(context)
-        else:
-            thresholds |= self._tensor_thresholds(context)
-        state = TiesState(thresholds, majority=0)
+        whole = self.trim == "model"
+        state = TiesState({None: self._thresholds(context)} if whole else self._tensor_thresholds(context), majority=0)
         if self.zero_sign == "positive":
             return replace(state, majority=1)
         sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
@@ -107,16 +103,15 @@ class Ties(Method, name="ties"):
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
         return tuple(Threshold(value) for value in values)
 
-    def _tensor_thresholds(self, context: Context) -> dict[str, tuple[Threshold, ...]]:
+    def _tensor_thresholds(self, context: Context) -> dict[str | None, tuple[Threshold, ...]]:
         more = 0 if self.count == "exact" else 1
         counts = {
             name: [[n + more] for n in self._kept(spec.numel, context.models)] for name, spec in context.specs.items()
         }
         found = tensor_thresholds(context, lambda name, nonzero: counts[name])
-        exact = {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
         if self.count == "exact":
-            return exact
-        return {name: tuple(Threshold(own.value) for own in thresholds) for name, thresholds in exact.items()}
+            return {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
+        return {name: tuple(Threshold(own.value) for (own,) in thresholds) for name, thresholds in found.items()}
 
     def _trimmed(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The trimmed, weighted task vectors, and their sum."""
