@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 from merganser.errors import EnvironmentFault, InputError, Place
@@ -58,6 +56,21 @@ def read_into(fd: int, view: memoryview, offset: int, file: str) -> None:
         done += count
 
 
+class _Loan:
+    """One use of an open file."""
+
+    __slots__ = ("_path", "_pool")
+
+    def __init__(self, pool: FilePool, path: Path) -> None:
+        self._pool, self._path = pool, path
+
+    def __enter__(self) -> int:
+        return self._pool.take(self._path)
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.give_back(self._path)
+
+
 class FilePool:
     """Keeps at most `capacity` files open for reading by any number of threads.
 
@@ -74,21 +87,24 @@ class FilePool:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[Path, int] = {}
 
-    @contextlib.contextmanager
-    def borrow(self, path: Path) -> Iterator[int]:
+    def borrow(self, path: Path) -> _Loan:
         """The descriptor of `path`, valid inside the ``with`` block."""
+        return _Loan(self, path)
+
+    def take(self, path: Path) -> int:
+        """Open `path` if it is not open, and keep it open until it is given back."""
         with self._lock:
             if path not in self._open:
                 self._evict(self._capacity - 1)
                 self._open[path] = open_regular(path)
             self._open.move_to_end(path)
             self._users[path] = self._users.get(path, 0) + 1
-            fd = self._open[path]
-        try:
-            yield fd
-        finally:
-            with self._lock:
-                self._users[path] -= 1
+            return self._open[path]
+
+    def give_back(self, path: Path) -> None:
+        """The end of one use."""
+        with self._lock:
+            self._users[path] -= 1
 
     def _evict(self, keep: int) -> None:
         idle = [path for path in self._open if not self._users.get(path)]

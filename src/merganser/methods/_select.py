@@ -37,7 +37,7 @@ class Threshold:
         if self.value > 0:
             tied = None
             if self.quota is not None:
-                tied = torch.nonzero(kernels.equal_to(delta.abs(), self.value)).view(-1)
+                tied = kernels.positions(kernels.equal_to(delta.abs(), self.value))
             kernels.trim_below_(delta, self.value)
             if tied is not None:
                 delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
@@ -98,7 +98,10 @@ class Tally:
 
     def threshold(self, value: float, kept: int) -> Threshold:
         """What keeps that many entries."""
-        return Threshold(value, quota=kept - self.above, before=self.before) if kept else Threshold(float("inf"))
+        if not kept:
+            return Threshold(float("inf"))
+        quota = kept - self.above
+        return Threshold(value) if quota >= self.equal else Threshold(value, quota=quota, before=self.before)
 
 
 def _count_around(block: Block, limits: Sequence[Sequence[float]], values: Values) -> list[list[tuple[int, int]]]:
