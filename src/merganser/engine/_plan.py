@@ -24,7 +24,7 @@ __all__ = ["DEFAULT_MEMORY", "Plan", "make_plan"]
 
 DEFAULT_MEMORY = 1_000_000_000
 _LARGEST_BLOCK = 1 << 20
-_WORKING_SET = 1 << 24
+_WORKING_SET = 1 << 23
 _COUNTER_BYTES = 8
 
 
