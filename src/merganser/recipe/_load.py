@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merganser.errors import EnvironmentFault, Place, RecipeError, suggestion
+from merganser.errors import RecipeError, suggestion
 from merganser.methods import create_method, find_method, option_info
+from merganser.recipe._documents import place_in, read_document, validated
 from merganser.recipe._dtype import parse_dtype
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source
-from merganser.recipe._refusal import place_of, refusal
 from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters
-from merganser.recipe._yaml import MAX_BYTES, Document, parse_yaml
+from merganser.recipe._yaml import Document
 
 __all__ = ["build_recipe", "load_recipe"]
 
@@ -24,18 +24,7 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: with file, line and key.
         EnvironmentFault: the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise RecipeError("E0301", "the recipe is a folder, not a file", places=Place(file=str(path))) from None
-    except FileNotFoundError:
-        raise RecipeError("E0301", "the recipe file does not exist", places=Place(file=str(path))) from None
-    except OSError as error:
-        raise EnvironmentFault(
-            "E0703", f"the recipe cannot be read: {error.strerror}", places=Place(file=str(path))
-        ) from None
-    return build_recipe(parse_yaml(raw, str(path)), raw.decode("utf-8-sig"))
+    return build_recipe(*read_document(path, "recipe"))
 
 
 _UNSUPPORTED = {
@@ -43,30 +32,30 @@ _UNSUPPORTED = {
     "tokenizer": "use `tokenizer_source: base` or a model; vocabularies are not merged",
     "chat_template": "the template of the parent is copied; edit chat_template.jinja in the output",
 }
+_FORMS = {
+    "models": "write a list of `- model: PATH`",
+    "model": "write `model: PATH`, in quotes if the path is a number",
+    "slices": "write a list of `- sources: [{model: PATH, layer_range: [0, 8]}, ...]`",
+    "sources": "write a list of `{model: PATH, layer_range: [0, 8]}`",
+    "layer_range": "write `layer_range: [FIRST, LAST + 1]` with whole numbers",
+    "merge_method": "write one name, see `merganser methods`",
+    "parameters": "write `parameters: {NAME: VALUE}`",
+}
 
 
 def build_recipe(document: Document, text: str | None = None) -> Recipe:
     """A recipe from parsed YAML."""
-    from pydantic import ValidationError
-
     from merganser.recipe._schema import RecipeFile
 
-    data, file = document.data, document.file
-    if not isinstance(data, dict):
-        raise RecipeError("E0301", "the recipe is not a mapping of keys", places=Place(file=file, line=1))
+    file = document.file
     for key, advice in _UNSUPPORTED.items():
-        if key in data:
+        if isinstance(document.data, dict) and key in document.data:
             raise RecipeError(
-                "E0302", f"the key `{key}` is not supported", places=place_of(document, (key,)), fix=advice
+                "E0302", f"the key `{key}` is not supported", places=place_in(document, (key,)), fix=advice
             )
-    try:
-        parsed = RecipeFile.model_validate(data)
-    except ValidationError as error:
-        details = error.errors()
-        unknown = (detail for detail in details if detail["type"] == "extra_forbidden")
-        raise refusal(document, next(unknown, details[0])) from None
+    parsed = validated(document, RecipeFile, "recipe", _FORMS)
     if (parsed.models is None) == (parsed.slices is None):
-        place = place_of(document, ("slices",) if parsed.models else ())
+        place = place_in(document, ("slices",) if parsed.models else ())
         raise RecipeError(
             "E0303",
             "a recipe has exactly one of `models` and `slices`",
@@ -120,17 +109,17 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
         bases = [part.base_model for part in parsed.slices if part.base_model is not None]
         base = parsed.base_model or (bases[0] if bases else None)
         if any(other != base for other in bases):
-            raise RecipeError("E0310", "the slices name different base models", places=place_of(document, ("slices",)))
+            raise RecipeError("E0310", "the slices name different base models", places=place_in(document, ("slices",)))
     base = None if base is None else _reference(document, base, ("base_model",))
     files_from = None if parsed.files_from is None else _reference(document, parsed.files_from, ("files_from",))
     for key, name in (("dtype", parsed.dtype), ("out_dtype", parsed.out_dtype)):
-        parse_dtype(name, place_of(document, (key,)))
+        parse_dtype(name, place_in(document, (key,)))
     tokenizer = parsed.tokenizer_source
     if tokenizer == "union":
         raise RecipeError(
             "E0306",
             "vocabularies are not merged; `tokenizer_source: union` is not supported",
-            places=place_of(document, ("tokenizer_source",)),
+            places=place_in(document, ("tokenizer_source",)),
             fix="use `base` or the path of one model; their embeddings must have the same shape",
         )
     return Recipe(
@@ -171,7 +160,7 @@ def _init(document: Document, value: Any) -> Any:
         raise RecipeError(
             "E0303",
             "`init` names no `method`",
-            places=place_of(document, ("init",)),
+            places=place_in(document, ("init",)),
             fix="write `init: {method: task_arithmetic, scale: 0.3}`, or a method or a model alone",
         )
     options = {key: item for key, item in value.items() if key != "method"}
@@ -217,7 +206,7 @@ def _check_name(document: Document, method: str, key: str, path: tuple[str | int
     if key == "lambda" or key in known:
         return
     fix = "use `weight`" if key == "weights" else suggestion(key, [*known, "weight"])
-    raise RecipeError("E0305", f"`{method}` has no parameter `{key}`", places=place_of(document, path), fix=fix)
+    raise RecipeError("E0305", f"`{method}` has no parameter `{key}`", places=place_in(document, path), fix=fix)
 
 
 def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> str:
@@ -227,13 +216,13 @@ def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> s
         unknown = set(node) - {"model", "path", "revision", "lora", "override_architecture"}
         if unknown:
             raise RecipeError(
-                "E0302", f"unknown key `{sorted(unknown)[0]}` in a model reference", places=place_of(document, path)
+                "E0302", f"unknown key `{sorted(unknown)[0]}` in a model reference", places=place_in(document, path)
             )
         if node.get("lora") or node.get("override_architecture"):
             raise RecipeError(
                 "E0302",
                 "adapters and overridden architectures are not supported in a model reference",
-                places=place_of(document, path),
+                places=place_in(document, path),
                 fix="merge the adapter into its base first, and name the result",
             )
         revision = node.get("revision")
@@ -241,9 +230,9 @@ def _reference(document: Document, value: Any, path: tuple[str | int, ...]) -> s
         if revision and isinstance(node, str):
             node = f"{node}@{revision}"
     if not isinstance(node, str) or not node:
-        raise RecipeError("E0303", "the model is not named by a path", places=place_of(document, path))
+        raise RecipeError("E0303", "the model is not named by a path", places=place_in(document, path))
     return node
 
 
 def _located(error: RecipeError, document: Document, path: tuple[str | int, ...]) -> RecipeError:
-    return RecipeError(error.code, error.message, places=place_of(document, path), why=error.why, fix=error.fix)
+    return RecipeError(error.code, error.message, places=place_in(document, path), why=error.why, fix=error.fix)

@@ -2,7 +2,7 @@
 
 A JSON line is an object with ``text`` (and ``text_b`` for pairs) or ``input_ids``, and what the task needs besides:
 ``label`` for classification, ``target`` for sequence-to-sequence models (optional for language models, whose loss then
-covers the target alone).
+covers the target alone), ``choices`` and the number of the right one as ``label`` for multiple choice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from merganser.errors import EnvironmentFault, InputError, Place, SecurityError,
 __all__ = ["Example", "Labels", "Needs", "Records"]
 
 MAX_LINE = 16_000_000
-FIELDS = ("text", "text_b", "input_ids", "label", "target")
+FIELDS = ("text", "text_b", "input_ids", "label", "target", "choices")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Needs:
-    """What every example must have: a label of a certain set, or a target text."""
+    """What every example must have: a label of a certain set, a target text, or texts to choose from and a label."""
 
     labels: Labels | None = None
     target: bool = False
+    choices: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Example:
     input_ids: tuple[int, ...] | None = None
     label: int | None = None
     target: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Records:
@@ -190,11 +192,20 @@ class Records:
             raise self._fault("E0415", "`input_ids` is not a list of token numbers", line)
         words = self._text(record, "text", line, needed=ids is None)
         target = self._text(record, "target", line, needed=self._needs.target)
+        choices = self._choices(record, line) if self._needs.choices else ()
         label: int | None = None
-        if self._needs.labels is not None:
+        if choices:
+            label = self._label(record, line, Labels(len(choices), {}))
+        elif self._needs.labels is not None:
             label = self._label(record, line, self._needs.labels)
         pair = self._text(record, "text_b", line, needed=False)
-        return Example(line, words, pair, None if ids is None else tuple(ids), label, target)
+        return Example(line, words, pair, None if ids is None else tuple(ids), label, target, choices)
+
+    def _choices(self, record: Mapping[str, Any], line: int) -> tuple[str, ...]:
+        found = record.get("choices")
+        if not isinstance(found, list) or len(found) < 2 or not all(isinstance(c, str) and c.strip() for c in found):
+            raise self._fault("E0415", "`choices` is not a list of at least two texts", line)
+        return tuple(found)
 
     def _text(self, record: Mapping[str, Any], key: str, line: int, *, needed: bool) -> str | None:
         value = record.get(key)
