@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
     from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
     from merganser.errors import MerganserError
+    from merganser.evaluation import evaluate, evaluator
     from merganser.methods import Method, create_method
     from merganser.recipe import Recipe, load_recipe, simple_recipe
     from merganser.statistics import Statistics, collect
@@ -28,6 +29,7 @@ _HOMES = {
     "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
     "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
+    "evaluation": ("evaluate", "evaluator"),
     "methods": ("Method", "create_method"),
     "recipe": ("Recipe", "load_recipe", "simple_recipe"),
     "statistics": ("Statistics", "collect"),
@@ -48,6 +50,8 @@ __all__ = [
     "average_experts",
     "collect",
     "create_method",
+    "evaluate",
+    "evaluator",
     "execute",
     "load_recipe",
     "make_plan",

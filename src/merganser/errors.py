@@ -74,6 +74,9 @@ CATALOGUE: dict[str, str] = {
     "was. `merganser verify` names them.",
     "E0424": "A merge from a lock file does not give the weights that the lock file describes: an input or a version "
     "is another one.",
+    "E0425": "A task does not fit the model: its kind, its head, or what the model returns.",
+    "E0426": "Examples that a merge was tuned on are among those that it is to be reported on. A figure on them would "
+    "say how well the search fitted these examples, not how good the merge is.",
     "E0501": "A path inside a checkpoint points outside its folder.",
     "E0502": "The weights are stored as a pickle, which can run code when it is read.",
     "E0503": "The model needs code from its folder, which is never run.",
@@ -82,6 +85,8 @@ CATALOGUE: dict[str, str] = {
     "E0603": "A statistic, or the loss that it is made from, is not finite.",
     "E0604": "A statistic has values that it cannot have: a negative Fisher, an asymmetric or indefinite Gram matrix.",
     "E0605": "A linear system was not solved to its tolerance, and the merge was to be strict about that.",
+    "E0606": "A score is not finite.",
+    "E0607": "No trial of a search succeeded, so there is nothing to choose.",
     "E0701": "The output already exists, or cannot be created.",
     "E0702": "The output is one of the inputs, or lies inside one.",
     "E0703": "A file cannot be read or written: permission denied, or another error of the operating system.",

@@ -15,28 +15,10 @@ import merganser.cli.collect
 import merganser.cli.stats  # noqa: F401 - registers its commands
 import merganser.statistics as ms
 from merganser.cli import main
+from tests.text_models import WORDS, add_tokenizer
 from tests.unit.statistics_models import close
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "</s>",
-    *("a", "good", "bad", "film", "plot", "was", "not", "very", "the", "and", "dull", "bright", "story", "it", "we"),
-]
-
-
-def add_tokenizer(folder: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
-    ).save_pretrained(folder)
-
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -73,11 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         return leave_in_time(lambda: main(sys.argv[1:]))
-    from merganser.cli import (  # noqa: F401
+    from merganser.cli import (  # noqa: A004, F401
         advise,
         collect,
         diff,
         doctor,
+        eval,
         explain,
         inspect,
         merge,

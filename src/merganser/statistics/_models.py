@@ -15,7 +15,7 @@ from merganser.checkpoint import open_checkpoint, read_json
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError
 from merganser.statistics._records import Labels
 
-__all__ = ["ModelFolder", "load_model", "open_model", "skeleton", "transformers"]
+__all__ = ["ModelFolder", "build_model", "load_model", "open_model", "skeleton", "transformers"]
 
 # the suffix of an architecture, the class that loads it, and its task; None: no loss that is known here
 _FORMS: tuple[tuple[str, str, str | None], ...] = (
@@ -24,6 +24,7 @@ _FORMS: tuple[tuple[str, str, str | None], ...] = (
     ("LMHeadModel", "AutoModelForCausalLM", "causal_lm"),
     ("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "seq2seq"),
     ("Seq2SeqLM", "AutoModelForSeq2SeqLM", "seq2seq"),
+    ("ForImageClassification", "AutoModelForImageClassification", "classification"),
     ("ForMaskedLM", "AutoModelForMaskedLM", None),
     ("Model", "AutoModel", None),
 )
@@ -161,6 +162,31 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple
         ) from None
     missing = frozenset(str(name) for name in info["missing_keys"])
     return model.to(device=device, dtype=dtype), missing
+
+
+def build_model(
+    folder: ModelFolder, tensors: Mapping[str, torch.Tensor], *, loader: str | None = None
+) -> tuple[torch.nn.Module, frozenset[str]]:
+    """A model of a folder's configuration with the given weights, in float32 and evaluation mode.
+
+    Args:
+        folder: whose configuration is used; none of its weights is read.
+        tensors: the weights, which the model may share.
+        loader: the class of transformers that builds it, if not the folder's own: a bare encoder is ``AutoModel``.
+
+    Returns:
+        The model, and the names of the weights that are not given (which are random).
+    """
+    package = transformers()
+    with _silent(package), torch.random.fork_rng(devices=[]):
+        config = package.AutoConfig.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            kind: Any = type(getattr(package, loader or folder.loader).from_config(config))
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, dtype=torch.float32
+        )
+    module: torch.nn.Module = model.eval()
+    return module, frozenset(str(name) for name in info["missing_keys"])
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:

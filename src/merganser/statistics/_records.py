@@ -29,16 +29,19 @@ FIELDS = ("text", "text_b", "input_ids", "label", "target", "choices")
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a classifier: how many, and their names."""
+    """The labels of a classifier: how many, their names, and what the numbers of a file mean (themselves, if empty)."""
 
     count: int
     names: Mapping[str, int]
+    order: tuple[int, ...] = ()
 
     def index(self, value: Any) -> int | None:
         """The number of a label given as number or name; None if there is no such label."""
         if isinstance(value, str):
             return self.names.get(value)
-        return value if type(value) is int and 0 <= value < self.count else None
+        if type(value) is not int or not 0 <= value < self.count:
+            return None
+        return self.order[value] if self.order else value
 
 
 @dataclass(frozen=True)

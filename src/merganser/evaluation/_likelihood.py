@@ -1,0 +1,65 @@
+"""Log-likelihoods that language models give to texts, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merganser._torch import torch
+from merganser.errors import InputError
+from merganser.evaluation._prepared import Prepared, batched, on
+from merganser.evaluation._subject import Subject
+from merganser.evaluation._tasks import Task
+from merganser.statistics._encoding import Encoder
+from merganser.statistics._losses import IGNORED
+from merganser.statistics._models import ModelFolder
+
+__all__ = ["language_model", "likelihoods", "prepared_texts"]
+
+
+def language_model(task: Task, home: ModelFolder | None) -> ModelFolder:
+    """A model that gives texts a likelihood.
+
+    Raises:
+        InputError: E0425, it is none.
+    """
+    if home is None or home.task not in ("causal_lm", "seq2seq"):
+        raise InputError(
+            "E0425",
+            f"`{task.name}` ({task.kind}) needs a language model",
+            places=task.place,
+            why="config.json names no architecture for causal or sequence-to-sequence language modelling",
+        )
+    return home
+
+
+def prepared_texts(
+    items: Sequence[Mapping[str, Any]], digest: str, digests: tuple[str, ...], encoder: Encoder, **rest: Any
+) -> Prepared:
+    """Encoded texts, with a remark where some were cut."""
+    cut = (f"{encoder.truncated} texts were cut to {encoder.max_length} tokens",) if encoder.truncated else ()
+    return Prepared(items, digest, digests, encoder, warnings=cut, **rest)
+
+
+def likelihoods(task: Task, prepared: Prepared, subject: Subject) -> tuple[list[float], list[int]]:
+    """For every item the sum of its labels' log-probabilities, and how many labels it has."""
+    model = subject.model(task.name)
+    decoder = subject.folder(task.name).task == "causal_lm"
+    sums, counts = [0.0] * len(prepared.items), [0] * len(prepared.items)
+    assert prepared.encoder is not None
+    for chosen, group in batched(prepared.items, task.batch_size):
+        batch = on(subject.device, prepared.encoder.collate(group))
+        labels = batch["labels"]
+        if decoder:
+            del batch["labels"]
+            logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
+        else:
+            logits = model(**batch, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+        ).view(labels.shape)
+        for index, loss, count in zip(
+            chosen, losses.double().sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True
+        ):
+            sums[index], counts[index] = -loss, count
+    return sums, counts
