@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
     from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
     from merganser.errors import MerganserError
-    from merganser.evaluation import evaluate, evaluator
+    from merganser.evaluation import evaluate, evaluator, tune
     from merganser.methods import Method, create_method
     from merganser.recipe import Recipe, load_recipe, simple_recipe
     from merganser.statistics import Statistics, collect
@@ -29,7 +29,7 @@ _HOMES = {
     "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
     "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
-    "evaluation": ("evaluate", "evaluator"),
+    "evaluation": ("evaluate", "evaluator", "tune"),
     "methods": ("Method", "create_method"),
     "recipe": ("Recipe", "load_recipe", "simple_recipe"),
     "statistics": ("Statistics", "collect"),
@@ -61,6 +61,7 @@ __all__ = [
     "save",
     "simple_recipe",
     "to_memory",
+    "tune",
 ]
 
 

@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         methods,
         report,
         stats,
+        tune,
         verify,
     )
 

@@ -5,14 +5,14 @@ from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
 from merganser.engine._locked import Locked, open_locked
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
-from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, save, to_memory
+from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, in_memory, save, to_memory
 from merganser.engine._names import describe_method
 from merganser.engine._onto import onto_recipe
 from merganser.engine._place import check_output
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._provenance import versions
 from merganser.engine._relations import Counts, Relations, relate
-from merganser.engine._search import Evaluator, FolderEvaluator, resolve
+from merganser.engine._search import Evaluator, FolderEvaluator, as_scores, resolve
 from merganser.engine._stream import Stream
 from merganser.engine._subspaces import Subspaces, sample_matrices, subspaces
 from merganser.engine._tensor import Input, TensorPlan
@@ -37,12 +37,14 @@ __all__ = [
     "TensorPlan",
     "TensorStatistics",
     "Verified",
+    "as_scores",
     "available_cores",
     "check_output",
     "compare",
     "describe_method",
     "execute",
     "group_of",
+    "in_memory",
     "make_plan",
     "map_front",
     "matching_tensors",

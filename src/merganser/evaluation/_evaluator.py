@@ -24,7 +24,7 @@ from merganser.evaluation._perplexity import Perplexity
 from merganser.evaluation._prepared import Kind, Prepared
 from merganser.evaluation._subject import Subject, open_subject
 from merganser.evaluation._tasks import Task, Tasks, read_tasks
-from merganser.statistics._models import ModelFolder
+from merganser.statistics._models import ModelFolder, open_model
 from merganser.training import update_batch_norm
 
 __all__ = ["Evaluator", "evaluate", "evaluator"]
@@ -128,12 +128,28 @@ class Evaluator:
                 errors[task.name] = error
         return Evaluation(subject.label, results, errors, time.perf_counter() - began)
 
-    def digests(self, home: ModelFolder | None) -> dict[str, tuple[str, ...]]:
-        """Digests of the items of every task whose data fit models of this configuration."""
+    def based(self, folder: Path | None) -> Evaluator:
+        """This one, with a folder as base if the tasks name none."""
+        if folder is None or self.tasks.base is not None:
+            return self
+        return Evaluator(dataclasses.replace(self.tasks, base=folder), device=self._device)
+
+    def digests(self, home: Path | None = None, *, strict: bool = True) -> dict[str, tuple[str, ...]]:
+        """Digests of the items of every task.
+
+        Args:
+            home: the model by whose configuration they are read; the tasks' base if None.
+            strict: whether data that cannot be read are an error; or else their tasks are left out.
+
+        Raises:
+            MerganserError: the data of a task cannot be read.
+        """
+        place = self.tasks.base if home is None else home
+        folder = None if place is None else open_model(os.fspath(place))
         found = {}
         for task in self.tasks.tasks:
-            with contextlib.suppress(MerganserError):
-                found[task.name] = self._prepare(task, home).digests
+            with contextlib.nullcontext() if strict else contextlib.suppress(MerganserError):
+                found[task.name] = self._prepare(task, folder).digests
         return found
 
     def _prepare(self, task: Task, home: ModelFolder | None) -> Prepared:

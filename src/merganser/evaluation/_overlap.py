@@ -10,7 +10,6 @@ from typing import Any
 
 from merganser.errors import InputError, Place
 from merganser.evaluation._evaluator import Evaluator
-from merganser.statistics._models import open_model
 
 __all__ = ["refuse_overlap", "refuse_tuned"]
 
@@ -49,4 +48,4 @@ def refuse_tuned(model: str | os.PathLike[str], evaluator: Evaluator) -> None:
         tuned = [digest for task in lock["search"]["tuning"]["data"].values() for digest in task["items"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    refuse_overlap(tuned, evaluator.digests(open_model(os.fspath(model))), evaluator)
+    refuse_overlap(tuned, evaluator.digests(Path(model), strict=False), evaluator)
