@@ -14,19 +14,24 @@ from merganser.evaluation._evaluator import Evaluator
 __all__ = ["refuse_overlap", "refuse_tuned"]
 
 
-def refuse_overlap(tuned: Iterable[str], digests: Mapping[str, Sequence[str]], evaluator: Evaluator) -> None:
+def refuse_overlap(
+    tuned: Mapping[str, Iterable[str]], digests: Mapping[str, Sequence[str]], evaluator: Evaluator
+) -> None:
     """Compare the items of tasks with those of a search, by their digests.
 
+    A task is compared with its namesake in the search; if there is none, with all tasks of the search.
+
     Args:
-        tuned: digests of the items that a search has seen.
+        tuned: digests of the items that a search has seen, by task.
         digests: those of the tasks' items.
         evaluator: whose tasks they are.
 
     Raises:
         InputError: E0426, some are the same.
     """
-    seen = set(tuned)
+    everything = {digest for items in tuned.values() for digest in items}
     for task in evaluator.tasks.tasks:
+        seen = set(tuned[task.name]) if task.name in tuned else everything
         shared = [index for index, digest in enumerate(digests.get(task.name, ())) if digest in seen]
         if shared:
             raise InputError(
@@ -45,7 +50,7 @@ def refuse_tuned(model: str | os.PathLike[str], evaluator: Evaluator) -> None:
     """
     try:
         lock: Any = json.loads((Path(model) / "merge.lock.json").read_text(encoding="utf-8"))
-        tuned = [digest for task in lock["search"]["tuning"]["data"].values() for digest in task["items"]]
+        tuned = {name: list(task["items"]) for name, task in lock["search"]["tuning"]["data"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     refuse_overlap(tuned, evaluator.digests(Path(model), strict=False), evaluator)

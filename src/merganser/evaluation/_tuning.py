@@ -235,8 +235,7 @@ class _Search:
             return {}
         digests = self._measure.digests()
         if self._report is not None:
-            seen = [digest for items in digests.values() for digest in items]
-            refuse_overlap(seen, self._report.digests(), self._report)
+            refuse_overlap(digests, self._report.digests(), self._report)
         return digests
 
     def _labels(self) -> int:
