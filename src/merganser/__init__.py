@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
     from merganser.errors import MerganserError
     from merganser.evaluation import evaluate, evaluator, tune
+    from merganser.evaluation.bench import bench
     from merganser.methods import Method, create_method
     from merganser.recipe import Recipe, load_recipe, simple_recipe
     from merganser.statistics import Statistics, collect
@@ -30,6 +31,7 @@ _HOMES = {
     "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
     "evaluation": ("evaluate", "evaluator", "tune"),
+    "evaluation.bench": ("bench",),
     "methods": ("Method", "create_method"),
     "recipe": ("Recipe", "load_recipe", "simple_recipe"),
     "statistics": ("Statistics", "collect"),
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "advise",
     "average_experts",
+    "bench",
     "collect",
     "create_method",
     "evaluate",

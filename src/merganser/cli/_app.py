@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         return leave_in_time(lambda: main(sys.argv[1:]))
     from merganser.cli import (  # noqa: A004, F401
         advise,
+        bench,
         collect,
         diff,
         doctor,

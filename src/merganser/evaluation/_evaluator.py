@@ -128,6 +128,14 @@ class Evaluator:
                 errors[task.name] = error
         return Evaluation(subject.label, results, errors, time.perf_counter() - began)
 
+    def prepared(self, home: ModelFolder | None) -> dict[str, Prepared]:
+        """The tasks' data, as models of this configuration read them.
+
+        Raises:
+            MerganserError: the data of a task cannot be read.
+        """
+        return {task.name: self._prepare(task, home) for task in self.tasks.tasks}
+
     def based(self, folder: Path | None) -> Evaluator:
         """This one, with a folder as base if the tasks name none."""
         if folder is None or self.tasks.base is not None:

@@ -19,7 +19,7 @@ from merganser.errors import InputError, Place
 from merganser.evaluation._tasks import Task
 from merganser.statistics._records import Example, Labels, Needs, Records
 
-__all__ = ["Images", "Items", "chosen", "digest_of", "read_images", "read_items"]
+__all__ = ["Images", "Items", "chosen", "digest_of", "read_arrays", "read_images", "read_items"]
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def read_images(task: Task, split: str) -> Images:
     Raises:
         InputError: E0414, E0415, E0417: the file is none, or lacks an array, or the arrays do not fit.
     """
-    arrays, digest = _arrays(task.data, (f"x_{split}", f"y_{split}"))
+    arrays, digest = read_arrays(task.data, (f"x_{split}", f"y_{split}"))
     pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     if pixels.ndim == 3:
         pixels = pixels[..., None]
@@ -119,7 +119,7 @@ def read_images(task: Task, split: str) -> Images:
     return Images(pixels, labels, digest, digests)
 
 
-def _arrays(path: Path, names: tuple[str, ...]) -> tuple[Mapping[str, Any], str]:
+def read_arrays(path: Path, names: tuple[str, ...]) -> tuple[Mapping[str, Any], str]:
     place = Place(file=str(path))
     with os.fdopen(open_regular(path), "rb") as file:
         state = hashlib.blake2b(digest_size=16)

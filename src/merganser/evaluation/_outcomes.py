@@ -11,7 +11,7 @@ from typing import Any
 from merganser.errors import MerganserError, NumericError, Place
 from merganser.evaluation._intervals import bootstrap, mean_interval, wilson
 
-__all__ = ["Evaluation", "Outcomes", "TaskResult", "mean_over"]
+__all__ = ["Evaluation", "Outcomes", "TaskResult", "mean_over", "relative"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,18 @@ class Outcomes:
 
     def normalised(self, expert: float) -> float | None:
         """The value relative to the expert's: a ratio, of perplexities where the value is a log-likelihood."""
-        if self.metric == "log_likelihood":
-            return math.exp(min(700.0, self.value - expert))
-        return self.value / expert if expert > 0 else None
+        return relative(self.metric, self.value, expert)
 
     def summary(self) -> dict[str, Any]:
         """The first metric, its value, the number of items, and the interval."""
         return {"metric": self.metric, "value": self.value, "n": len(self.values), "interval": list(self.interval)}
+
+
+def relative(metric: str, value: float, expert: float) -> float | None:
+    """A value relative to the expert's: a ratio, of perplexities for log-likelihoods; None for an expert of 0."""
+    if metric == "log_likelihood":
+        return math.exp(min(700.0, value - expert))
+    return value / expert if expert > 0 else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""What is no merge: an ensemble of the experts, a model that imitates them, and heads for held-out tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from merganser.evaluation._classification import accuracy
+from merganser.evaluation._evaluator import Evaluator
+from merganser.evaluation._heads import pooled
+from merganser.evaluation._outcomes import Outcomes
+from merganser.evaluation._subject import read_tensors
+from merganser.evaluation._tasks import Tasks
+from merganser.evaluation.bench._lab import Expert, Lab
+from merganser.evaluation.bench._learning import Examples, Network, distil
+
+__all__ = ["distilled", "ensemble", "held_out"]
+
+RIDGE = 0.1
+
+
+def ensemble(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
+    """Every task by the mean of the logits that its head gives on the encoders of all experts.
+
+    It costs as many forward passes as there are experts. Tasks without a linear head are left out.
+    """
+    encoders = [lab.network(e.model, e.head).encoder for e in experts if e.head is not None]
+    found = {}
+    for expert in experts:
+        if expert.head is None or expert.head.is_dir():
+            continue
+        head = lab.network(expert.model, expert.head).head
+        networks = [Network(encoder, head, lab.settings.pooling) for encoder in encoders]
+        right: list[float] = []
+        losses: list[float] = []
+        with torch.inference_mode():
+            for inputs, labels in lab.examples(expert.task, "test", expert.head).all(lab.settings.batch_size):
+                logits = torch.stack([network(**inputs) for network in networks]).mean(0)
+                hits, more = accuracy(logits, labels)
+                right += hits
+                losses += more
+        found[expert.task] = Outcomes("accuracy", tuple(right), others={"loss": sum(losses) / len(losses)})
+    return found
+
+
+def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch.Tensor]:
+    """The average of the experts, trained by Adam to give their answers on the examples of the statistics."""
+    states = [read_tensors(e.model) for e in experts]
+    average = {
+        name: torch.stack([state[name].float() for state in states]).mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
+    networks = {e.task: lab.network(e.model, e.head) for e in experts}
+    student = lab.network(average, experts[0].head).encoder
+    data = {e.task: lab.examples(e.task, "statistics", e.head) for e in experts}
+    settings = lab.settings.baseline_training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        distil(
+            student,
+            networks,
+            data,
+            lab.settings.pooling,
+            settings.distillation_steps,
+            float(settings.distillation_rate),
+            seed,
+        )
+    return {**average, **lab.state_of(student)}
+
+
+def held_out(lab: Lab, model: Mapping[str, torch.Tensor] | str) -> dict[str, Outcomes]:
+    """Tasks without an expert in the merge: texts by the model itself, classification by a head on its features.
+
+    The head is ridge regression of the labels on the standardised features of `splits.probe` training examples.
+    """
+    found = {}
+    for name, entry in lab.settings.held_out.items():
+        if entry.kind not in ("classification", "image"):
+            judge = Evaluator(Tasks((lab.task(name, "test"),), lab.base, 0))
+            found[name] = judge(model).results[name].outcomes
+            continue
+        head = lab.fresh_head(name, 0)
+        encoder = lab.network(model, head).encoder
+        train = dataclasses.replace(lab.task(name, "train", head), examples=lab.settings.splits.probe)
+        prepared = Evaluator(Tasks((train,), lab.base, 0)).prepared(lab.home)[name]
+        features, labels = _features(lab, encoder, Examples(prepared, lab.home.config))
+        tests, targets = _features(lab, encoder, lab.examples(name, "test", head))
+        logits = _ridge(features, labels, tests, lab.classes(name))
+        right, losses = accuracy(logits, targets)
+        found[name] = Outcomes("accuracy", tuple(right), others={"loss": sum(losses) / len(losses)})
+    return found
+
+
+def _features(lab: Lab, encoder: nn.Module, data: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, labels = [], []
+    with torch.inference_mode():
+        for inputs, targets in data.all(lab.settings.batch_size):
+            rows.append(pooled(encoder(**inputs), inputs.get("attention_mask"), lab.settings.pooling))
+            labels.append(targets)
+    return torch.cat(rows).double(), torch.cat(labels)
+
+
+def _ridge(x: torch.Tensor, y: torch.Tensor, tests: torch.Tensor, classes: int) -> torch.Tensor:
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, tests = (x - mean) / deviation, (tests - mean) / deviation
+    targets = nn.functional.one_hot(y, classes).double()
+    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight: torch.Tensor = torch.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
+    return tests @ weight + targets.mean(0)

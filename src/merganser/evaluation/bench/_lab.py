@@ -1,0 +1,276 @@
+"""Everything of a suite that is made once and kept: data, base, experts, statistics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from merganser._version import __version__
+from merganser.evaluation._evaluator import Evaluator
+from merganser.evaluation._prepared import Prepared
+from merganser.evaluation._subject import open_subject, read_tensors
+from merganser.evaluation._tasks import Task, Tasks
+from merganser.evaluation.bench._base import write_model
+from merganser.evaluation.bench._learning import Examples, Network, train
+from merganser.evaluation.bench._schema import SuiteTask, Training
+from merganser.evaluation.bench._splits import split_data
+from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
+from merganser.evaluation.bench._suite import Suite
+from merganser.statistics import Statistics, collect
+from merganser.statistics._models import ModelFolder, open_model
+
+__all__ = ["Expert", "Lab"]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A fine-tuned model.
+
+    Attributes:
+        task: its task.
+        model: its folder.
+        head: its head: a linear layer's file, or a folder; None where the model's own head answers.
+        digest: of its weights.
+        seconds: of training.
+    """
+
+    task: str
+    model: Path
+    head: Path | None
+    digest: str
+    seconds: float
+
+
+class Lab:
+    """Makes what a suite needs, and keeps it in a folder under digests of what it depends on.
+
+    Args:
+        suite: the experiment.
+        cache: the folder.
+        base: the folder of the base.
+    """
+
+    def __init__(self, suite: Suite, cache: Path, base: Path) -> None:
+        self.suite = suite
+        self.settings = suite.settings
+        self.cache = cache
+        self.base = base
+        self.home: ModelFolder = open_model(str(self.base))
+        self.names = list(read_tensors(self.base))
+        self._parts: dict[str, dict[str, Path]] = {}
+        self._prepared: dict[tuple[str, str], Prepared] = {}
+
+    def entry(self, name: str) -> SuiteTask:
+        """A task of the suite, held out or not."""
+        return {**self.settings.tasks, **self.settings.held_out}[name]
+
+    def parts(self, name: str) -> dict[str, Path]:
+        """The files of a task's parts."""
+        if name not in self._parts:
+            entry, splits = self.entry(name), self.settings.splits
+            self._parts[name] = split_data(name, entry, splits, self.suite.data, self.cache / "data")
+        return self._parts[name]
+
+    def task(self, name: str, part: str, head: Path | None = None, expert: float | None = None) -> Task:
+        """A task on one part of its data.
+
+        Args:
+            name: of the task.
+            part: train, statistics, validation or test.
+            head: the head that answers.
+            expert: the score that 100 % is.
+        """
+        entry, settings, splits = self.entry(name), self.settings, self.settings.splits
+        limits = {"test": splits.test, "validation": splits.validation, "statistics": splits.statistics}
+        return Task(
+            name=name,
+            kind=entry.kind,
+            data=self.parts(name)[part],
+            head=head,
+            pooling=settings.pooling,
+            expert=expert,
+            examples=limits.get(part, splits.train),
+            skip=0,
+            shuffle=0 if entry.kind == "perplexity" else None,
+            exclude=(),
+            labels=(),
+            max_length=settings.max_length,
+            batch_size=settings.batch_size if entry.kind in ("classification", "image") else 8,
+            normalise=False,
+            split="test",
+            max_new_tokens=32,
+            stop=None,
+        )
+
+    def evaluator(self, part: str, experts: Sequence[Expert], scores: Mapping[str, float] | None = None) -> Evaluator:
+        """What measures models on one part of the tasks of some experts, with their heads."""
+        known = scores or {}
+        tasks = tuple(self.task(e.task, part, e.head, known.get(e.task)) for e in experts)
+        return Evaluator(Tasks(tasks, self.base, self.settings.batch_norm if part != "train" else 0))
+
+    def examples(self, name: str, part: str, head: Path | None) -> Examples:
+        """The items of a part of a task, as batches."""
+        if (name, part) not in self._prepared:
+            judge = Evaluator(Tasks((self.task(name, part, head),), self.base, 0))
+            self._prepared[name, part] = judge.prepared(self.home)[name]
+        return Examples(self._prepared[name, part], self.home.config)
+
+    def network(self, model: Any, head: Path | None) -> Network:
+        """A model with a head, from a folder or a state dict."""
+        subject = open_subject(model, self.base, None)
+        if head is None:
+            return Network(subject.model("network"), None, self.settings.pooling).eval()
+        tensors = load_file(head)
+        layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+        layer.load_state_dict(tensors)
+        encoder = subject.encoder("network", pooler=self.settings.pooling == "pooler")
+        return Network(encoder, layer, self.settings.pooling).eval()
+
+    def state_of(self, encoder: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of a module, under the names of the base."""
+        state = encoder.state_dict()
+        return {name: state[name].detach() for name in self.names if name in state}
+
+    def fresh_head(self, name: str, seed: int) -> Path | None:
+        """A head from noise, for a task whose model has none; its classes are those of the data."""
+        entry = self.entry(name)
+        if entry.kind not in ("classification", "image"):
+            return None
+        classes = self.classes(name)
+        width = _width(self.home.config)
+        file = self.cache / "heads" / f"{key(name, classes, width, seed)}.safetensors"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                layer = nn.Linear(width, classes)
+            save_file({n: t.detach() for n, t in layer.state_dict().items()}, file)
+        return file
+
+    def classes(self, name: str) -> int:
+        """The number of classes in the data of a task."""
+        if self.entry(name).kind == "image":
+            return 1 + max(int(np.load(file)["y_test"].max()) for file in self.parts(name).values())
+        lines = [line for file in self.parts(name).values() for line in file.read_text(encoding="utf-8").splitlines()]
+        return 1 + max(int(json.loads(line)["label"]) for line in lines)
+
+    def expert(self, name: str, seed: int) -> Expert:
+        """The expert of a task: as given, or fine-tuned once."""
+        entry = self.entry(name)
+        if entry.expert is not None:
+            folder = self.suite.data / entry.expert
+            head = None if entry.head is None else self.suite.data / entry.head
+            return Expert(name, folder, head, file_digest(folder), 0.0)
+        start = self.fresh_head(name, seed)
+        made_with = key(
+            file_digest(self.parts(name)["train"], self.base),
+            self.settings.training.model_dump_json(),
+            seed,
+            self.settings.pooling,
+            self.settings.max_length,
+            __version__,
+        )
+        folder = self.cache / "experts" / f"{name}-{made_with}"
+        if not folder.is_dir():
+            self.fine_tune({name: start}, self.settings.training, self.settings.training.steps, seed, folder)
+        meta = read_json(folder / "meta.json")
+        head = folder / f"{name}.safetensors"
+        return Expert(name, folder / "model", head if head.exists() else None, meta["digest"], meta["seconds"])
+
+    def multitask(self, seed: int) -> list[Expert]:
+        """One model that was fine-tuned on all tasks together, with a head for each."""
+        names, training = list(self.settings.tasks), self.settings.training
+        steps = self.settings.baseline_training.multitask_steps or training.steps * len(names)
+        made_with = key(
+            [file_digest(self.parts(n)["train"]) for n in names],
+            file_digest(self.base),
+            training.model_dump_json(),
+            steps,
+            seed,
+            self.settings.pooling,
+            self.settings.max_length,
+            __version__,
+        )
+        folder = self.cache / "experts" / f"multitask-{made_with}"
+        if not folder.is_dir():
+            self.fine_tune({n: self.fresh_head(n, seed) for n in names}, training, steps, seed, folder)
+        meta = read_json(folder / "meta.json")
+        heads = {n: folder / f"{n}.safetensors" for n in names}
+        return [
+            Expert(n, folder / "model", heads[n] if heads[n].exists() else None, meta["digest"], meta["seconds"])
+            for n in names
+        ]
+
+    def fine_tune(
+        self, heads: Mapping[str, Path | None], training: Training, steps: int, seed: int, folder: Path
+    ) -> None:
+        """Train a model on some tasks, from the base and the given heads, and write it to a folder."""
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first = self.network(self.base, next(iter(heads.values())))
+            networks = {
+                name: first if index == 0 else self._beside(first, head)
+                for index, (name, head) in enumerate(heads.items())
+            }
+            data = {name: self.examples(name, "train", head) for name, head in heads.items()}
+            train(networks, data, training, steps, seed)
+        with written_whole(folder) as draft:
+            write_model(draft / "model", self.state_of(first.encoder), self.base)
+            for name, network in networks.items():
+                if network.head is not None:
+                    state = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
+                    save_file(state, draft / f"{name}.safetensors")
+            digest = file_digest(draft / "model")
+            write_json(draft / "meta.json", {"digest": digest, "seconds": time.perf_counter() - began, "steps": steps})
+
+    def _beside(self, network: Network, head: Path | None) -> Network:
+        """The same encoder with another head."""
+        if head is None:
+            return network
+        tensors = load_file(head)
+        layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+        layer.load_state_dict(tensors)
+        return Network(network.encoder, layer, self.settings.pooling)
+
+    def statistics(self, expert: Expert) -> Path:
+        """The statistics file of an expert, collected once."""
+        wanted = self.settings.statistics
+        part = self.parts(expert.task)["statistics"]
+        name = key(expert.digest, file_digest(part), wanted.model_dump_json(), self.settings.max_length, __version__)
+        file = self.cache / "statistics" / f"{expert.task}-{name}.safetensors"
+        if not file.exists():
+            network = self.network(expert.model, expert.head)
+            batches = [
+                {**inputs, "labels": labels}
+                for inputs, labels in self.examples(expert.task, "statistics", expert.head).all(16)
+            ]
+            model: nn.Module = network if network.head is not None else network.encoder
+            found = collect(model, batches, wanted.kinds, estimator=wanted.estimator)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (found if network.head is None else _of_encoder(found)).save(file)
+        return file
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """The width of what a head reads."""
+    sizes = config.get("hidden_sizes")
+    return int(sizes[-1] if isinstance(sizes, list) else config.get("hidden_size") or config["d_model"])
+
+
+def _of_encoder(found: Statistics) -> Statistics:
+    """What belongs to the encoder, by its own names."""
+
+    def own(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n.removeprefix("encoder."): value for n, value in table.items() if n.startswith("encoder.")}
+
+    return Statistics(gram=own(found.gram), output_gram=own(found.output_gram), fisher=own(found.fisher))

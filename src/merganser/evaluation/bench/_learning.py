@@ -1,0 +1,176 @@
+"""Training: experts, one model for all tasks, and a model that imitates the experts."""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from merganser.evaluation._heads import pooled
+from merganser.evaluation._image import pixel_values
+from merganser.evaluation._prepared import Prepared
+from merganser.evaluation.bench._schema import Training
+from merganser.statistics._losses import IGNORED
+
+__all__ = ["Examples", "Network", "distil", "train"]
+
+Batch = dict[str, torch.Tensor]
+
+
+class Network(nn.Module):
+    """An encoder with a head, or a language model: logits of a batch.
+
+    Args:
+        encoder: the encoder, or the whole language model.
+        head: the linear head; None for a language model.
+        pooling: what the head reads, as in a task file.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear | None, pooling: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self._pooling = pooling
+        if pooling != "pooler" and any(name.startswith("pooler.") for name, _ in encoder.named_parameters()):
+            encoder.pooler = None  # type: ignore[assignment]
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits: (examples, classes), or (examples, tokens, words)."""
+        if self.head is None:
+            return torch.as_tensor(self.encoder(**inputs, use_cache=False).logits)
+        features = pooled(self.encoder(**inputs), inputs.get("attention_mask"), self._pooling)
+        return torch.as_tensor(self.head(features))
+
+
+class Examples:
+    """The items of a part of a task's data, as batches.
+
+    Args:
+        prepared: the items.
+        config: the model's configuration.
+    """
+
+    def __init__(self, prepared: Prepared, config: Mapping[str, Any]) -> None:
+        self._prepared = prepared
+        self._config = dict(config)
+        self._images = prepared.extra.get("images")
+        self.lengths = (
+            [1] * len(prepared.digests) if self._images is not None else [len(i["ids"]) for i in prepared.items]
+        )
+
+    def batch(self, indices: Sequence[int]) -> tuple[Batch, torch.Tensor]:
+        """Inputs and labels of some items."""
+        if self._images is not None:
+            chosen = list(indices)
+            values = pixel_values(self._images.pixels[chosen], self._config)
+            return {"pixel_values": values}, torch.from_numpy(self._images.labels[chosen])
+        assert self._prepared.encoder is not None
+        batch = self._prepared.encoder.collate([self._prepared.items[index] for index in indices])
+        labels = batch.pop("labels")
+        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}, labels
+
+    def all(self, size: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Every item once, in batches of items of about one length."""
+        order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        for start in range(0, len(order), size):
+            yield self.batch(order[start : start + size])
+
+    def endless(self, size: int, seed: str) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Batches in random order, of items of about one length, so that little of them is padding."""
+        draw = random.Random(seed)
+        order = list(range(len(self.lengths)))
+        size = min(size, len(order))
+        while True:
+            draw.shuffle(order)
+            found: list[list[int]] = []
+            for start in range(0, len(order), 8 * size):
+                near = sorted(order[start : start + 8 * size], key=self.lengths.__getitem__)
+                found += [near[at : at + size] for at in range(0, len(near) - size + 1, size)]
+            draw.shuffle(found)
+            yield from map(self.batch, found)
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of labels (examples,), or of the next tokens (examples, tokens)."""
+    if labels.dim() == 1:
+        return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def train(
+    networks: Mapping[str, Network], data: Mapping[str, Examples], settings: Training, steps: int, seed: int
+) -> None:
+    """Fine-tune networks that share one encoder, the tasks taking turns in random order.
+
+    AdamW with a rate of its own for the heads, linear warm-up and decay, clipped gradients. In place.
+    """
+    shared = next(iter(networks.values())).encoder
+    for name, parameter in shared.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.only))
+    trained = [p for p in shared.parameters() if p.requires_grad]
+    heads = [p for network in networks.values() if network.head is not None for p in network.head.parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": trained},
+        *([{"params": heads, "lr": float(settings.head_rate)}] if heads else []),
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=float(settings.rate), weight_decay=float(settings.weight_decay))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, float(settings.warmup)))
+    sources = {name: examples.endless(settings.batch, f"{name}/{seed}") for name, examples in data.items()}
+    names, draw = list(networks), random.Random(f"turns/{seed}")
+    turns: list[str] = []
+    for network in networks.values():
+        network.train(settings.dropout)
+    for _ in range(steps):
+        if not turns:
+            turns = draw.sample(names, len(names))
+        name = turns.pop()
+        inputs, labels = next(sources[name])
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss(networks[name](**inputs), labels))
+        nn.utils.clip_grad_norm_([*trained, *heads], float(settings.clip))
+        optimizer.step()
+        schedule.step()
+    for network in networks.values():
+        network.eval()
+
+
+def distil(
+    student: nn.Module,
+    experts: Mapping[str, Network],
+    data: Mapping[str, Examples],
+    pooling: str,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Train a model by Adam to give the experts' answers on unlabelled examples, each through the expert's head.
+
+    The loss is the Kullback-Leibler divergence from the expert's distribution; only the shared encoder learns.
+    """
+    names, draw = list(experts), random.Random(f"distil/{seed}")
+    sources = {name: examples.endless(16, f"distil/{name}/{seed}") for name, examples in data.items()}
+    parameters = [p for p in student.parameters() if p.is_floating_point()]
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    students = {name: Network(student, expert.head, pooling).eval() for name, expert in experts.items()}
+    turns: list[str] = []
+    for _ in range(steps):
+        if not turns:
+            turns = draw.sample(names, len(names))
+        name = turns.pop()
+        inputs, labels = next(sources[name])
+        with torch.no_grad():
+            wanted = experts[name](**inputs).log_softmax(-1)
+        found = students[name](**inputs).log_softmax(-1)
+        kept = torch.ones(found.shape[:-1], dtype=torch.bool) if labels.dim() == 1 else labels != IGNORED
+        divergence = nn.functional.kl_div(found[kept], wanted[kept], reduction="batchmean", log_target=True)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(divergence)
+        optimizer.step()
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    return min(1.0, (step + 1) / max(1, round(warmup * steps))) * (1.0 - step / steps)

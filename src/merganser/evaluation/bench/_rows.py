@@ -1,0 +1,145 @@
+"""The rows of a suite's table: made one after the other, each with its scores and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.engine import make_plan, resolve, to_memory
+from merganser.evaluation._cost import Cost, Meter
+from merganser.evaluation._outcomes import Outcomes
+from merganser.evaluation._space import space_of
+from merganser.evaluation._tuning import Tuning, tune_recipe
+from merganser.evaluation.bench._baselines import distilled, ensemble, held_out
+from merganser.evaluation.bench._flops import FlopCounter
+from merganser.evaluation.bench._lab import Expert, Lab
+from merganser.evaluation.bench._schema import MethodEntry
+from merganser.methods import create_method
+from merganser.recipe import Recipe, simple_recipe
+from merganser.statistics import TABLES
+
+__all__ = ["Measured", "baseline_row", "collected", "merge_row", "needs_statistics"]
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The statistics files of some experts, and what collecting them took."""
+
+    files: tuple[Path, ...]
+    cost: Cost
+
+
+def needs_statistics(entry: MethodEntry, models: int) -> bool:
+    """Whether a method reads statistics."""
+    return bool(create_method(entry.method, entry.options).requires(models) & set(TABLES))
+
+
+def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
+    """Collect an expert's statistics: the file's name and the cost, as plain data."""
+    with Meter() as meter, FlopCounter() as counter:
+        file = lab.statistics(expert)
+    labels = lab.settings.splits.statistics if lab.settings.statistics.estimator == "empirical" else 0
+    cost = dataclasses.replace(meter.cost, bytes=file.stat().st_size, flops=counter.total, labels=labels)
+    return {"file": file.name, "cost": dataclasses.asdict(cost)}
+
+
+def merge_row(
+    lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int, *, tuned: bool = True
+) -> dict[str, Any]:
+    """A merge: its options, scores on held-in and held-out tasks, and cost, as plain data."""
+    recipe = _recipe(lab, entry, experts, measured, seed)
+    costs = {"statistics": measured.cost, "merge": Cost(), "tuning": Cost()}
+    judge = lab.evaluator("validation", experts)
+    options, search = dict(entry.options), None
+    if entry.search and tuned:
+        space = space_of(entry.search, recipe)
+        with Meter() as meter:
+            found = tune_recipe(recipe, judge, space, sampler="grid", trials=entry.trials, seed=seed, threads=1)
+        costs["tuning"] = dataclasses.replace(meter.cost, labels=found.labels)
+        options, search = {**options, **_best(found)}, _searched(found)
+        recipe = _recipe(lab, entry.model_copy(update={"options": options}), experts, measured, seed)
+    elif "evaluator" in recipe.constant_method().requires(len(experts)):
+        with Meter() as meter:
+            recipe, _ = resolve(recipe, judge, threads=1)
+        labels = sum(len(items) for items in judge.digests().values())
+        costs["tuning"] = dataclasses.replace(meter.cost, labels=labels)
+    with Meter() as meter, FlopCounter() as counter:
+        state = to_memory(make_plan(recipe, threads=1, max_memory=None))
+    written = sum(t.numel() * t.element_size() for t in state.values())
+    costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
+    return {**_scored(lab, state, experts), "options": options, "search": search, "cost": _plain(costs)}
+
+
+def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> dict[str, Any]:
+    """What is no merge: its scores, and the cost of making it (as that of a merge), as plain data."""
+    with Meter() as meter:
+        if name == "experts":
+            found = {e.task: lab.evaluator("test", [e])(e.model).results[e.task].outcomes for e in experts}
+            row = {"scores": _summaries(found), "held_out": None}
+        elif name == "ensemble":
+            row = {"scores": _summaries(ensemble(lab, experts)), "held_out": None}
+        elif name == "base":
+            row = _scored(lab, str(lab.base), experts)
+        elif name == "multitask":
+            heads = {e.task: e for e in lab.multitask(seed)}
+            trained = [heads[e.task] for e in experts]
+            row = _scored(lab, str(trained[0].model), trained)
+        else:
+            row = _scored(lab, distilled(lab, experts, seed), experts)
+    cost = Cost() if name in ("base", "experts", "ensemble") else meter.cost
+    return {
+        **row,
+        "options": {},
+        "search": None,
+        "cost": _plain({"statistics": Cost(), "merge": cost, "tuning": Cost()}),
+    }
+
+
+def _recipe(lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int) -> Recipe:
+    keys = lab.settings.merge
+    return simple_recipe(
+        [str(e.model) for e in experts],
+        base=str(lab.base),
+        method=entry.method,
+        statistics=[str(file) for file in measured.files] or None,
+        options=entry.options,
+        init=entry.init,
+        seed=seed,
+        exclude=tuple(keys.exclude),
+        only=tuple(keys.only),
+        heads=keys.heads,
+    )
+
+
+def _best(found: Tuning) -> Mapping[str, Any]:
+    if found.best is None:
+        error = found.trials[0].error or {}
+        raise RuntimeError(f"every trial failed: {error.get('message')}")
+    return found.best.params
+
+
+def _searched(found: Tuning) -> dict[str, Any]:
+    trials = [{"params": dict(t.params), "value": t.value, "tasks": dict(t.tasks)} for t in found.trials]
+    return {"trials": trials, "front": list(found.front)}
+
+
+def _scored(lab: Lab, model: State | str, experts: Sequence[Expert]) -> dict[str, Any]:
+    """What a model scores on the tasks of some experts, and on the held-out ones."""
+    results = lab.evaluator("test", experts)(model).results
+    more = _summaries(held_out(lab, model)) if lab.settings.held_out else None
+    return {"scores": _summaries({n: r.outcomes for n, r in results.items()}), "held_out": more}
+
+
+def _summaries(found: Mapping[str, Outcomes]) -> dict[str, Any]:
+    return {name: {**outcomes.summary(), "variance": outcomes.variance} for name, outcomes in found.items()}
+
+
+def _plain(costs: Mapping[str, Cost]) -> dict[str, Any]:
+    return {part: dataclasses.asdict(cost) for part, cost in costs.items()}
