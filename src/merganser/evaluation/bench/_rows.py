@@ -70,8 +70,10 @@ def merge_row(
             recipe, _ = resolve(recipe, judge, threads=1)
         labels = sum(len(items) for items in judge.digests().values())
         costs["tuning"] = dataclasses.replace(meter.cost, labels=labels)
-    with Meter() as meter, FlopCounter() as counter:
-        state = to_memory(make_plan(recipe, threads=1, max_memory=None))
+    with Meter() as meter:
+        plan = make_plan(recipe, threads=1, max_memory=None)  # which may measure the machine's speed: not counted
+        with FlopCounter() as counter:
+            state = to_memory(plan)
     written = sum(t.numel() * t.element_size() for t in state.values())
     costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
     return {**_scored(lab, state, experts), "options": options, "search": search, "cost": _plain(costs)}

@@ -1,0 +1,294 @@
+"""Suites: a whole small experiment on a tiny encoder and a tiny decoder, stopped, broken, repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import merganser as mg
+from merganser.evaluation.bench import read_suite
+from merganser.evaluation.bench._flops import FlopCounter
+from tests.conftest import Cli
+from tests.text_models import sentences, write_decoder, write_encoder, write_lines
+
+pytest.importorskip("optuna")
+pytest.importorskip("transformers")
+
+SUITES = Path(__file__).resolve().parents[2] / "examples" / "suites"
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "average"},
+    {"method": "task_arithmetic", "search": {"scale": [0.2, 0.5, 1.0]}},
+    {"method": "mats", "options": {"iterations": 3}},
+]
+
+
+def write_tasks(folder: Path, *names: str) -> dict[str, Any]:
+    """Tasks whose label is a word of the text."""
+    found = {}
+    for number, name in enumerate(names):
+        words = ("good", "bad", "film", "plot", "dull")[number : number + 2]
+        records: list[dict[str, Any]] = []
+        for text in sentences(80, seed=number):
+            records.append({"text": f"{text} {words[len(records) % 2]}", "label": len(records) % 2})
+        write_lines(folder / f"{name}.train.jsonl", records[:60])
+        write_lines(folder / f"{name}.test.jsonl", records[60:])
+        found[name] = {"kind": "classification", "train": f"{name}.train.jsonl", "test": f"{name}.test.jsonl"}
+    return found
+
+
+def small_suite(folder: Path, **changes: Any) -> dict[str, Any]:
+    write_encoder(folder / "base")
+    return {
+        "name": "small",
+        "base": {"path": "base"},
+        "max_length": 16,
+        "tasks": write_tasks(folder, "one", "two", "three"),
+        "held_out": write_tasks(folder, "four"),
+        "splits": {"test": 20, "validation": 10, "statistics": 12, "probe": 20},
+        "training": {"steps": 8, "rate": 1e-2, "head_rate": 1e-2},
+        "methods": METHODS,
+        "baseline_training": {"multitask_steps": 6, "distillation_steps": 4},
+        "counts": {"models": [2], "draws": 2, "methods": ["average"]},
+        "seeds": [0, 1],
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("bench")
+    suite = small_suite(folder)
+    return folder, suite, mg.bench(suite, folder / "out", data=folder)
+
+
+def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, _, found = finished
+    assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert {step["state"] for step in found["steps"]} == {"done"}
+    assert [t["name"] for t in found["tasks"]] == ["one", "two", "three", "four"]
+    assert {t["role"] for t in found["tasks"]} == {"held_in", "held_out"}
+    rows = {(row["id"], row["seed"], row["draw"]): row for row in found["rows"]}
+    names = ["experts", "base", "multitask", "ensemble", "distillation", "average", "task_arithmetic-tuned", "mats"]
+    assert [row["id"] for row in found["summary"]] == names
+    for name in names:
+        for seed in (0, 1):
+            row = rows[name, seed, None]
+            scores = [row["scores"][task] for task in ("one", "two", "three")]
+            assert all(s["metric"] == "accuracy" and s["n"] == 20 for s in scores)
+            assert row["held_in"]["value"] == pytest.approx(sum(s["value"] for s in scores) / 3)
+            low, high = row["held_in"]["interval"]
+            assert low <= row["held_in"]["value"] <= high
+            if name not in ("experts", "ensemble"):
+                assert row["held_out"]["value"] == row["scores"]["four"]["value"]
+    experts = rows["experts", 0, None]
+    assert experts["held_in"]["normalised"] == pytest.approx(1.0)
+    assert experts["held_in"]["value"] > rows["base", 0, None]["held_in"]["value"]
+    tuned = rows["task_arithmetic-tuned", 0, None]
+    assert tuned["data"] == "labelled"
+    assert tuned["cost"]["tuning"]["labels"] == 30
+    best = max(t["value"] for t in tuned["search"]["trials"])
+    assert next(t for t in tuned["search"]["trials"] if t["params"] == tuned["options"])["value"] == best
+    mats = rows["mats", 0, None]
+    assert mats["data"] == "unlabelled"
+    assert mats["cost"]["statistics"]["seconds"] > 0 < mats["cost"]["statistics"]["bytes"]
+    assert mats["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"] > 0
+    assert rows["average", 0, None]["cost"]["statistics"]["seconds"] == 0
+    pairs = [row for row in found["rows"] if row["draw"] is not None]
+    assert len(pairs) == 4
+    assert {row["count"] for row in pairs} == {2}
+    assert [(s["id"], s["count"], s["draws"]) for s in found["scaling"]] == [("average", 2, 4)]
+    summary = next(s for s in found["summary"] if s["id"] == "average")
+    values = [rows["average", seed, None]["held_in"]["value"] for seed in (0, 1)]
+    assert summary["held_in"]["mean"] == pytest.approx(sum(values) / 2)
+    assert summary["held_in"]["spread"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+
+
+def test_a_row_is_what_merge_and_evaluate_give(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, suite, found = finished
+    cache = folder / "out" / "cache"
+    row = next(r for r in found["rows"] if r["id"] == "average" and r["seed"] == 0 and r["draw"] is None)
+    experts = [list(cache.glob(f"experts/{name}-*")) for name in suite["tasks"]]
+    test = [next(cache.glob(f"data/{name}-*")) / "test.jsonl" for name in suite["tasks"]]
+    scores = []
+    for choice in range(2):
+        merged = mg.merge([str(group[choice] / "model") for group in experts], method="average")
+        tasks = {
+            name: {"kind": "classification", "data": str(file), "head": str(group[choice] / f"{name}.safetensors")}
+            for name, file, group in zip(suite["tasks"], test, experts, strict=True)
+        }
+        evaluation = mg.evaluate(merged, {"base": str(folder / "base"), "tasks": tasks})
+        scores.append({name: result.outcomes.value for name, result in evaluation.results.items()})
+    assert {name: row["scores"][name]["value"] for name in suite["tasks"]} in scores
+
+
+def test_a_finished_run_is_only_read(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, suite, found = finished
+    again = mg.bench(suite, folder / "out", data=folder)
+    kept = [step for step in again["steps"] if not step["name"].startswith("expert ")]
+    assert {step["state"] for step in kept} == {"cached"}
+    assert again["rows"] == found["rows"]
+    assert again["summary"] == found["summary"]
+
+
+def test_parts_of_the_data_share_no_text(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, suite, _ = finished
+    for name in suite["tasks"]:
+        place = next((folder / "out" / "cache" / "data").glob(f"{name}-*"))
+        texts = {p.stem: [json.loads(line)["text"] for line in p.read_text().splitlines()] for p in place.iterdir()}
+        assert {part: len(rows) for part, rows in texts.items()} == {
+            "train": 38,
+            "statistics": 12,
+            "validation": 10,
+            "test": 20,
+        }
+        everything = [text for rows in texts.values() for text in rows]
+        assert len(set(everything)) == len(everything)
+
+
+def test_a_crashed_step_is_recorded_and_the_rest_goes_on(tmp_path: Path, cli: Cli) -> None:
+    suite = small_suite(
+        tmp_path,
+        seeds=[0],
+        counts={},
+        held_out={},
+        baselines=["base", "experts"],
+        statistics={"kinds": ["gram"]},
+        methods=[{"method": "average"}, {"method": "fisher"}, {"id": "last", "method": "average"}],
+    )
+    (tmp_path / "two.train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "suite.yml").write_text(json.dumps(suite))
+    result = cli("bench", tmp_path / "suite.yml", "--data", tmp_path, "-o", tmp_path / "out", "--json")
+    assert result.code == 4
+    states = {step["name"]: step["state"] for step in result.json["steps"]}
+    assert states["expert two seed 0"] == "failed"
+    assert states["fisher seed 0"] == "failed"
+    assert states["last seed 0"] == "done"
+    rows = {row["id"]: row for row in result.json["rows"]}
+    assert rows["average"]["models"] == ["one", "three"]
+    assert rows["fisher"]["error"]["code"] == "E0308"
+    assert rows["fisher"]["held_in"] is None
+    assert "`label`" in result.err
+    assert "fisher seed 0" in result.err
+
+
+def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "base")
+    for number, name in enumerate(("a", "b", "c")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(sentences(150, seed=number)))
+    found = mg.bench(
+        {
+            "name": "books",
+            "base": {"path": "base"},
+            "max_length": 12,
+            "tasks": {name: {"kind": "perplexity", "data": f"{name}.txt"} for name in ("a", "b")},
+            "held_out": {"c": {"kind": "perplexity", "data": "c.txt"}},
+            "splits": {"test": 6, "validation": 4, "statistics": 5},
+            "training": {"steps": 12, "batch": 4, "rate": 1e-2, "only": ["model.layers.1.*"]},
+            "merge": {"only": ["model.layers.1.*"]},
+            "methods": [{"method": "average"}, {"method": "regmean"}],
+            "baselines": ["base", "experts", "multitask", "distillation"],
+            "baseline_training": {"distillation_steps": 3},
+        },
+        tmp_path / "out",
+        data=tmp_path,
+    )
+    assert not [step for step in found["steps"] if step["state"] == "failed"], found["steps"]
+    rows = {row["id"]: row for row in found["rows"]}
+    assert rows["experts"]["held_in"]["value"] > rows["base"]["held_in"]["value"]
+    assert rows["average"]["scores"]["a"]["metric"] == "log_likelihood"
+    assert 0 < rows["average"]["scores"]["a"]["normalised"] < 2
+    assert rows["regmean"]["held_out"]["normalised"] is None
+    expert = next((tmp_path / "out" / "cache" / "experts").glob("a-*")) / "model"
+    base, tuned = (mg.open_checkpoint(str(p)) for p in (tmp_path / "base", expert))
+    changed = {n for n in base.specs() if not torch.equal(base.read(n), tuned.read(n))}
+    assert changed == {n for n in base.specs() if n.startswith("model.layers.1.")}
+
+
+def test_images_from_a_base_that_begins_as_noise(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("x", "y", "first"):
+        labels = rng.integers(0, 2, 60)
+        images = (rng.integers(0, 100, (60, 8, 8, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+        np.savez(
+            tmp_path / f"{name}.npz", x_train=images[:40], y_train=labels[:40], x_test=images[40:], y_test=labels[40:]
+        )
+    config = {
+        "model_type": "resnet",
+        "num_channels": 1,
+        "embedding_size": 4,
+        "hidden_sizes": [4, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
+    found = mg.bench(
+        {
+            "name": "images",
+            "base": {"config": config, "pretrain": ["first.npz"], "steps": 5},
+            "batch_norm": 16,
+            "tasks": {name: {"kind": "image", "data": f"{name}.npz"} for name in ("x", "y")},
+            "held_out": {"first": {"kind": "image", "data": "first.npz"}},
+            "splits": {"test": 20, "validation": 8, "statistics": 8, "probe": 16},
+            "training": {"steps": 10, "batch": 8, "rate": 1e-2, "head_rate": 1e-2},
+            "statistics": {"kinds": ["gram"]},
+            "methods": [{"method": "average"}, {"method": "regmean"}],
+            "baseline_training": {"distillation_steps": 2},
+        },
+        tmp_path / "out",
+        data=tmp_path,
+    )
+    assert not [step for step in found["steps"] if step["state"] == "failed"], found["steps"]
+    rows = {row["id"]: row for row in found["rows"]}
+    assert rows["experts"]["held_in"]["value"] > 0.6
+    assert all(rows[name]["held_out"] is not None for name in ("average", "regmean", "multitask"))
+
+
+@pytest.mark.parametrize("file", sorted(SUITES.glob("*.yml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_suites_that_are_shipped_are_valid(file: Path, quick: bool) -> None:
+    suite = read_suite(file, quick=quick)
+    assert suite.settings.name == file.stem
+    assert len(suite.methods) == len(suite.settings.methods)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "mention"),
+    [
+        ({"tasks": {"one": {"kind": "image", "data": "x.npz"}}}, "E0303", "tasks"),
+        ({"methods": [{"method": "avrage"}]}, "E0304", "average"),
+        ({"methods": [{"method": "ties", "options": {"densty": 1}}]}, "E0305", "density"),
+        ({"methods": [{"method": "ties"}, {"method": "ties"}]}, "E0303", "id"),
+        ({"base": {}}, "E0303", "package"),
+        ({"counts": {"models": [2], "methods": ["ties"]}}, "E0303", "ties"),
+        ({"counts": {"models": [9]}}, "E0303", "9 models"),
+        ({"trainin": {}}, "E0302", "training"),
+        ({"training": {"step": 3}}, "E0302", "steps"),
+    ],
+)
+def test_a_suite_is_read_strictly(tmp_path: Path, changes: Mapping[str, Any], code: str, mention: str) -> None:
+    suite = {
+        "name": "x",
+        "base": {"path": "base"},
+        "tasks": {n: {"kind": "classification", "train": "a", "test": "b"} for n in ("one", "two")},
+        "methods": [{"method": "average"}],
+        **changes,
+    }
+    with pytest.raises(mg.MerganserError, match=mention) as error:
+        read_suite(suite)
+    assert error.value.code == code
+
+
+def test_operations_are_counted() -> None:
+    a, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    with FlopCounter() as counter:
+        product = a @ b
+        product + product
+        torch.linalg.cholesky(a @ a.T + torch.eye(4, dtype=torch.float64))
+    assert counter.total == 2 * 4 * 5 * 6 + 24 + 2 * 4 * 5 * 4 + 16 + int(4**3 / 3)
