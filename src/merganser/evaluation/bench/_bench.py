@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
+from merganser.errors import MerganserError
 from merganser.evaluation._cost import Cost
 from merganser.evaluation._tuned import described
 from merganser.evaluation.bench._lab import Expert
@@ -215,7 +217,10 @@ class _Run:
         for role, group in (("held_in", self._settings.tasks), ("held_out", self._settings.held_out)):
             for name, entry in group.items():
                 score = experts["scores"].get(name, {})
-                classes = self._lab.classes(name) if entry.kind in ("classification", "image") else None
+                classes = None
+                if entry.kind in ("classification", "image"):
+                    with contextlib.suppress(MerganserError):  # a task with broken data has a failed step
+                        classes = self._lab.classes(name)
                 self._tasks.append(
                     {
                         "name": name,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from merganser.engine import make_plan, resolve, to_memory
+from merganser.errors import Place, RecipeError
 from merganser.evaluation._cost import Cost, Meter
 from merganser.evaluation._outcomes import Outcomes
 from merganser.evaluation._space import space_of
@@ -22,6 +23,7 @@ from merganser.evaluation.bench._schema import MethodEntry
 from merganser.methods import create_method
 from merganser.recipe import Recipe, simple_recipe
 from merganser.statistics import TABLES
+from merganser.statistics._settings import parse_kinds
 
 __all__ = ["Measured", "baseline_row", "collected", "merge_row", "needs_statistics"]
 
@@ -54,6 +56,7 @@ def merge_row(
     lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int, *, tuned: bool = True
 ) -> dict[str, Any]:
     """A merge: its options, scores on held-in and held-out tasks, and cost, as plain data."""
+    _check_kinds(lab, entry, len(experts))
     recipe = _recipe(lab, entry, experts, measured, seed)
     costs = {"statistics": measured.cost, "merge": Cost(), "tuning": Cost()}
     judge = lab.evaluator("validation", experts)
@@ -77,6 +80,23 @@ def merge_row(
     written = sum(t.numel() * t.element_size() for t in state.values())
     costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
     return {**_scored(lab, state, experts), "options": options, "search": search, "cost": _plain(costs)}
+
+
+def _check_kinds(lab: Lab, entry: MethodEntry, models: int) -> None:
+    """Refuse a method whose statistics the suite does not collect: without them it would average.
+
+    Raises:
+        RecipeError: E0308.
+    """
+    wanted = create_method(entry.method, entry.options).requires(models) & set(TABLES)
+    missing = sorted(wanted - parse_kinds(lab.settings.statistics.kinds))
+    if missing:
+        raise RecipeError(
+            "E0308",
+            f"`{entry.method}` needs statistics that the suite does not collect: {', '.join(missing)}",
+            places=Place(key="statistics"),
+            fix="name them under `statistics: {kinds: [...]}`",
+        )
 
 
 def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> dict[str, Any]:
