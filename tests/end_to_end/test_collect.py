@@ -20,6 +20,7 @@ from tests.unit.statistics_models import close
 
 transformers = pytest.importorskip("transformers")
 
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
