@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import merganser as mg
-from tests.end_to_end.test_collect import WORDS
 from tests.helpers import State
+from tests.text_models import WORDS
 
 transformers = pytest.importorskip("transformers")
 

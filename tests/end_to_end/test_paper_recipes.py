@@ -19,8 +19,8 @@ import merganser as mg
 from merganser.cli import main
 from tests.conftest import Cli
 from tests.end_to_end.paper import RECIPES, System, changed, fine_tuned, is_mean, kfac, load, write_data
-from tests.end_to_end.test_collect import WORDS, add_tokenizer
 from tests.helpers import State, read_model
+from tests.text_models import WORDS, add_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

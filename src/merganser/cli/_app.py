@@ -73,13 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         return leave_in_time(lambda: main(sys.argv[1:]))
-    from merganser.cli import (  # noqa: A004, F401
+    from merganser.cli import (  # noqa: F401
         advise,
         bench,
         collect,
         diff,
         doctor,
-        eval,
+        eval,  # noqa: A004
         explain,
         inspect,
         merge,
