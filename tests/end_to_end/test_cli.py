@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import merganser as mg
-from merganser.checkpoint import _files, _folder
+from merganser.checkpoint import _file, _files
 from tests.conftest import Cli
 from tests.helpers import (
     State,
@@ -145,7 +145,7 @@ def test_a_plan_reads_no_weight_and_writes_nothing(
     def forbidden(*_: Any) -> None:
         raise AssertionError("a weight is read")
 
-    monkeypatch.setattr(_folder, "read_into", forbidden)
+    monkeypatch.setattr(_file, "read_into", forbidden)
     path = recipe(tmp_path, models)
     before = contents(tmp_path)
     shown = cli("plan", path, "--all", "-o", tmp_path / "out").succeeded().out
@@ -176,7 +176,7 @@ def test_the_bytes_of_a_plan_are_exact(
         counted.append(len(view))
         real(fd, view, offset, file)
 
-    monkeypatch.setattr(_folder, "read_into", counting)
+    monkeypatch.setattr(_file, "read_into", counting)
     done = cli("merge", *flags, "-o", tmp_path / "out", "--json").succeeded().json
     state = read_model(tmp_path / "out")
     size = sum(value.nbytes for value in state.values())
@@ -479,7 +479,7 @@ def test_a_bug_is_reported_without_a_traceback(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(_folder, "read_into", broken)
+    monkeypatch.setattr(_file, "read_into", broken)
     result = cli("merge", "-m", "average", *models, "-o", tmp_path / "out")
     assert result.code == 1
     assert "Traceback" not in result.err
