@@ -39,7 +39,7 @@ CLAIMS = (
     *(
         Claim(
             f"15 damped, preconditioned iterations are at least as good as 100 plain ones, {labels} labels",
-            ekron(labels, 0.1, 15).label,
+            ekron(labels, 0.1, 15).labels()[0],
             f"MaTS plain, {labels}, 100 iterations",
             0.0,
         )
