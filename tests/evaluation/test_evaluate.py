@@ -314,7 +314,7 @@ def test_a_model_without_the_weights_of_its_head_is_refused(tmp_path: Path) -> N
     ("text", "code", "mention"),
     [
         ("tasks: {}", "E0303", "tasks"),
-        ("task: {}", "E0303", "tasks"),
+        ("task: {}", "E0302", "tasks"),
         ("tasks:\n  t:\n    kind: classification\n    data: x\n    heads: y\n", "E0302", ":5"),
         ("tasks:\n  t:\n    kind: classification\n", "E0303", "data"),
         ("tasks:\n  t:\n    kind: accuracy\n    data: x\n", "E0303", ":3"),

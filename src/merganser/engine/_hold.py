@@ -8,7 +8,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 from pathlib import Path
 
 from merganser.errors import EnvironmentFault, Place
@@ -59,7 +58,7 @@ class Hold:
             os.close(fd)  # its holder removed the file between our opening and locking it
         self._fd = fd
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        text = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        text = json.dumps({"process": os.getpid(), "host": os.uname().nodename, "since": now})
         with contextlib.suppress(OSError):  # a full disk is no reason not to hold the lock
             os.ftruncate(fd, 0)
             os.pwrite(fd, text.encode(), 0)
