@@ -100,7 +100,9 @@ def test_inputs_are_opened_for_reading_only(observed: tuple[Path, dict[str, Any]
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     seen = 0
     for name, arguments in report["events"]:
-        touched = [a for a in arguments if any(str(a).startswith(f"{root / model}") for model in ("base", "a", "b"))]
+        touched = [
+            a for a in arguments if any(Path(str(a)).is_relative_to(root / model) for model in ("base", "a", "b"))
+        ]
         if not touched:
             continue
         assert name == "open", (name, arguments)
