@@ -258,6 +258,8 @@ def test_padding_does_not_count() -> None:
         ({"data": [["words"], ["words"]]}, "E0415", "batch 0"),
         ({"method": "average"}, "E0305", "data"),
         ({"ridge": -1.0}, "E0306", "ridge"),
+        ({"statistics": [Statistics(), Statistics()]}, "E0305", "statistics"),
+        ({"statistics": [Statistics()], "method": "sequential_mats"}, "E0308", "2 models"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -266,6 +268,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], code: str, mention
     with pytest.raises(MerganserError, match=mention) as caught:
         mg.merge(MODELS, **{**arguments, **change})
     assert caught.value.code == code
+
+
+def test_a_type_that_is_none_is_refused() -> None:
+    with pytest.raises(MerganserError, match="float33"):
+        mg.merge(MODELS, base=BASE, method="output_matching", data=batched(40), dtype="float33")
 
 
 def test_statistics_without_a_layer_are_named() -> None:

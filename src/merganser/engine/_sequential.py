@@ -14,10 +14,10 @@ from merganser.blocks import layer_of
 from merganser.engine._evidence import Evidence, open_evidence
 from merganser.engine._merge import to_memory
 from merganser.engine._plan import make_plan
-from merganser.errors import InputError, NumericError, Place, UsageError
+from merganser.errors import InputError, NumericError, Place, RecipeError, UsageError
 from merganser.methods import Sequential, Visit
 from merganser.methods.average import Average
-from merganser.recipe import simple_recipe
+from merganser.recipe import parse_dtype, simple_recipe
 from merganser.statistics import LayerWalk, collect
 
 __all__ = ["merge_sequentially"]
@@ -66,6 +66,15 @@ def merge_sequentially(
             f"`data` is a list with the batches of every model's task: {len(models)} are needed",
             places=Place(key="data"),
         )
+    if statistics is not None and not method.curved:
+        raise RecipeError("E0305", f"`{method.name}` does not use statistics", places=Place(key="statistics"))
+    if statistics is not None and len(statistics) != len(models):
+        raise RecipeError(
+            "E0308",
+            f"{len(statistics)} statistics are given for {len(models)} models",
+            places=Place(key="statistics"),
+        )
+    kind = parse_dtype(dtype)
     own = tuple(weights) if weights is not None else (1.0,) * len(models)
     method.check(len(models), own)
     mean = to_memory(make_plan(simple_recipe(models, base=base, method=Average(), weights=own, seed=seed)))
@@ -76,7 +85,7 @@ def merge_sequentially(
     run.sweep(evidence or run.measured(models) if method.curved else ())
     for _ in range(method.sweeps - 1):
         run.sweep(run.measured([merged] * len(models)) if method.curved else ())
-    return _result(mean, merged, base, run.changed, method.scale, dtype)
+    return _result(mean, merged, base, run.changed, method.scale, kind)
 
 
 def _result(
@@ -85,7 +94,7 @@ def _result(
     base: torch.nn.Module,
     changed: set[str],
     scale: float,
-    dtype: str | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """The merged state dict: ``W_0 + scale (W - W_0)``; integers as they are."""
     solved, start = merged.state_dict(), base.state_dict()
@@ -95,7 +104,7 @@ def _result(
         if scale != 1 and tensor.is_floating_point():
             wide = torch.promote_types(tensor.dtype, torch.float32)
             tensor = torch.lerp(start[name].to(wide), tensor.to(wide), scale).to(tensor.dtype)
-        kind = getattr(torch, dtype.removeprefix("torch.")) if dtype and tensor.is_floating_point() else tensor.dtype
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         found[name] = tensor.detach().to(kind, copy=True)
     return found
 
