@@ -141,7 +141,13 @@ def kit_command(pair: Pair, python: Path, models: Path, out: Path, recipe: Path)
     return [str(python.parent / "mergekit-yaml"), str(recipe), str(out), "--no-write-model-card"]
 
 
-def timed(parts: Sequence[str], limit: float, work: Path) -> Run:
+def environment(threads: int | None) -> dict[str, str]:
+    """That of the processes: torch's threads, if given, and bytecode is kept, as in an ordinary installation."""
+    found = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return found if threads is None else found | {"OMP_NUM_THREADS": str(threads)}
+
+
+def timed(parts: Sequence[str], limit: float, work: Path, env: Mapping[str, str]) -> Run:
     """Run a process to its end and read its accounts; its output goes to a file, so that it cannot fill a pipe.
 
     Raises:
@@ -150,7 +156,7 @@ def timed(parts: Sequence[str], limit: float, work: Path) -> Run:
     errors = work / "errors.txt"
     started = time.perf_counter()
     with errors.open("wb") as sink:
-        process = subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=sink)
+        process = subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=sink, env=env)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -177,6 +183,7 @@ class Sides:
     kit: Path | None
     work: Path
     limit: float
+    env: Mapping[str, str]
 
     def commands(self, pair: Pair) -> dict[str, list[str]]:
         """By name: the merge here and there, and the same on the tiny model."""
@@ -200,7 +207,7 @@ class Sides:
                 if turn > runs[name]:
                     continue
                 shutil.rmtree(self.work / "out", ignore_errors=True)
-                result = timed(parts, self.limit, self.work)
+                result = timed(parts, self.limit, self.work, self.env)
                 print(
                     f"{pair.label}, {name} {turn}: {result.cpu:.2f} CPU s, {result.peak / 1e6:.0f} MB", file=sys.stderr
                 )
@@ -244,6 +251,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--mergekit", default="none", help="an interpreter with mergekit, `make`, or `none`")
     parser.add_argument("--mergekit-runs", type=int, default=1, help="after one that warms up; 0: that one alone")
+    parser.add_argument(
+        "--threads", type=int, help="OMP_NUM_THREADS of both sides; more make mergekit's CPU time longer"
+    )
     parser.add_argument("--only", nargs="*", help="methods; all of them by default")
     parser.add_argument("--skip", nargs="*", default=[], help="methods that are not run")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a run is stopped")
@@ -256,7 +266,8 @@ def main() -> None:
     runs = {"merge": options.runs, "start-up": options.runs}
     runs |= {"mergekit": options.mergekit_runs, "mergekit start-up": options.mergekit_runs}
     machine = platform.processor() or platform.machine()
-    print(f"{options.size}, {machine}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    threads = "torch's own number of threads" if options.threads is None else f"OMP_NUM_THREADS={options.threads}"
+    print(f"{options.size}, {machine}, {os.cpu_count()} cores, Python {platform.python_version()}, {threads}")
     print(f"Medians of {options.runs} runs, of mergekit {max(1, options.mergekit_runs)}.\n")
     print("| merge | CPU s | net | wall s | peak MB | mergekit CPU s | net | peak MB | ratio | net ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -265,7 +276,12 @@ def main() -> None:
     short: list[str] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rig = Sides(
-            sides[options.size].absolute(), sides["tiny"].absolute(), kit, Path(scratch).absolute(), options.limit
+            sides[options.size].absolute(),
+            sides["tiny"].absolute(),
+            kit,
+            Path(scratch).absolute(),
+            options.limit,
+            environment(options.threads),
         )
         for pair in pairs(options.only):
             if pair.method in options.skip:

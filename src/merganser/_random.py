@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 
-__all__ = ["drop_mask", "uniforms"]
+__all__ = ["drop_mask", "keep_mask", "uniforms"]
 
 T = TypeVar("T", np.uint8, np.uint32)
 
@@ -42,6 +42,33 @@ def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rat
     undecided = np.flatnonzero(draws == coarse)
     fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
     mask[undecided] = fine >= (drop_rate * 256 - coarse) * 2.0**64
+    return torch.from_numpy(mask.view(np.uint8))
+
+
+def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch.Tensor) -> torch.Tensor:
+    """A mask of independent Bernoulli draws: 1 with the element's own probability (kept), else 0 (uint8, CPU).
+
+    Byte p of a Philox4x64-10 stream is compared with the first 8 bits of the probability of element p, and the 1 in
+    256 draws that this leaves open are decided as in `drop_mask`.
+
+    Args:
+        seed: the seed of the merge.
+        model: index of the model.
+        name: name of the tensor.
+        start: index of the first element.
+        probabilities: in [0, 1], flat, of a floating-point type.
+
+    Complexity: O(count), about 1.5 ns per element.
+    """
+    key = _stream_key(seed, model, name, b"merganser keep")
+    draws = _philox(key, np.dtype(np.uint8), start, probabilities.numel())
+    wanted = probabilities.cpu().numpy()
+    scaled = wanted * wanted.dtype.type(256)  # exact
+    coarse = np.minimum(scaled, 255, out=scaled).astype(np.uint8)  # where it is 1, 255 leaves open what is then kept
+    mask = np.less(draws, coarse)
+    undecided = np.flatnonzero(draws == coarse)
+    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
+    mask[undecided] = fine < (wanted[undecided].astype(np.float64) * 256 - draws[undecided]) * 2.0**64
     return torch.from_numpy(mask.view(np.uint8))
 
 

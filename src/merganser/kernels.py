@@ -1,4 +1,4 @@
-"""Arithmetic on blocks: comparisons, exact reductions, exact selection by rank, and counter-based random masks.
+"""Arithmetic on blocks: comparisons and exact reductions, and with them selection by rank and random masks.
 
 A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`, or holds whole rows. Everything
 here gives the same bits for any block size and any number of threads.
@@ -7,15 +7,24 @@ here gives the same bits for any block size and any number of threads.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from merganser._random import drop_mask, uniforms
+from merganser._random import drop_mask, keep_mask, uniforms
+from merganser._ranks import (
+    Bracket,
+    RankCounter,
+    between,
+    key_dtype,
+    key_value,
+    magnitude_keys,
+    row_order,
+    signed_keys,
+    top_key,
+)
 from merganser._torch import torch
 
 __all__ = [
@@ -36,6 +45,7 @@ __all__ = [
     "exact_sum",
     "first_nonfinite",
     "flip_",
+    "keep_mask",
     "key_dtype",
     "key_value",
     "magnitude_keys",
@@ -231,166 +241,3 @@ def count_nonfinite(x: torch.Tensor) -> int:
 def first_nonfinite(x: torch.Tensor) -> int:
     """The index of the first NaN or infinite element of a flat tensor that has one."""
     return int(torch.nonzero(~torch.isfinite(x))[0, 0])
-
-
-# --- selection by rank ------------------------------------------------------------------------------------------
-
-
-def key_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The integer type of the bit patterns of a floating-point type."""
-    return torch.int64 if dtype == torch.float64 else torch.int32
-
-
-def top_key(dtype: torch.dtype) -> int:
-    """One more than the key of infinity: the keys of finite magnitudes lie in ``[0, top_key)``."""
-    return (0x7FF0000000000000 if dtype == torch.float64 else 0x7F800000) + 1
-
-
-def magnitude_keys(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of ``|x|``: integers in the order of the magnitudes. `x` is overwritten by ``|x|``."""
-    return x.abs_().view(key_dtype(x.dtype))
-
-
-def signed_keys(x: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the elements of `x`, whatever their signs; 0 for zeros of both signs.
-
-    The key of a negative element is that of its magnitude, negated. `x` is overwritten.
-    """
-    keys = x.view(key_dtype(x.dtype))
-    negative = keys >> (8 * keys.element_size() - 1)  # -1 or 0
-    return keys.bitwise_and_(torch.iinfo(keys.dtype).max).bitwise_xor_(negative).sub_(negative)
-
-
-def between(x: torch.Tensor, low: float, high: float) -> npt.NDArray[np.floating]:
-    """The positive elements of a flat tensor from `low` on and below `high`, in their order."""
-    array = x.cpu().numpy()
-    inside = array >= low if low > 0 else array > 0
-    if not math.isinf(high):
-        inside &= array < high
-    found: npt.NDArray[np.floating] = array[np.flatnonzero(inside)]
-    return found
-
-
-def key_value(key: int, dtype: torch.dtype) -> float:
-    """The number of type `dtype` whose key this is; the inverse of `magnitude_keys` and of `signed_keys`."""
-    magnitude = float(torch.tensor([abs(key)], dtype=key_dtype(dtype)).view(dtype))
-    return -magnitude if key < 0 else magnitude
-
-
-def row_order(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The indices that sort each row of a matrix of magnitudes, ascending; of equal ones the first comes first."""
-    # numpy sorts magnitudes and positions packed into integers three times faster than torch sorts stably
-    if magnitudes.dtype != torch.float32 or magnitudes.device.type != "cpu":
-        return magnitudes.argsort(dim=1, stable=True)
-    keys = magnitudes.contiguous().view(torch.int32).numpy().astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(keys.shape[1])
-    keys.sort(axis=1)
-    keys &= 0xFFFFFFFF
-    return torch.from_numpy(keys)
-
-
-@dataclass(frozen=True, slots=True)
-class Bracket:
-    """An interval of keys in which the key of a given rank is sought.
-
-    A pass over the data counts, in a `RankCounter`, the keys below the interval and those in each of its bins;
-    `narrow` then gives the bin that holds the rank. From the full interval this is radix selection with digits of
-    `bits` bits: two passes for float32. From an interval guessed on a sample one pass suffices; a wrong guess is
-    noticed by the counts, and costs a pass, never the result.
-
-    Attributes:
-        rank: 0-based rank of the key that is sought, in ascending order.
-        low: first key of the interval.
-        high: one past its last key.
-        top: one past the largest possible key.
-        bits: log2 of the number of bins.
-        bottom: the smallest possible key.
-    """
-
-    rank: int
-    low: int
-    high: int
-    top: int
-    bits: int = 16
-    bottom: int = 0
-
-    @property
-    def found(self) -> bool:
-        """Whether only one key is left."""
-        return self.high - self.low == 1
-
-    @property
-    def shift(self) -> int:
-        """log2 of the number of keys per bin. Bins begin at multiples of their width: no difference can overflow."""
-        return max(0, (self.high - self.low - 1).bit_length() - self.bits)
-
-    def narrow(self, counter: RankCounter, rank: int | None = None) -> Bracket:
-        """The interval that holds the rank (or another one), given the counts of all blocks."""
-        rank = self.rank if rank is None else rank
-        inside = int(counter.bins.sum())
-        if rank < counter.below:
-            return replace(self, low=self.bottom, high=self.low)
-        if rank >= counter.below + inside:
-            return replace(self, low=self.high, high=self.top)
-        cumulative = counter.bins.cumsum(0)
-        chosen = int(torch.searchsorted(cumulative, rank - counter.below, right=True))
-        low = ((self.low >> self.shift) + chosen) << self.shift
-        return replace(self, low=max(self.low, low), high=min(self.high, low + (1 << self.shift)))
-
-
-class RankCounter:
-    """Counts keys relative to a bracket. Blocks may be added from several threads.
-
-    Attributes:
-        size: the number of keys.
-        below: those below the interval.
-        bins: those in each bin (int64).
-    """
-
-    def __init__(self, bracket: Bracket) -> None:
-        self.size = 0
-        self.below = 0
-        bins = ((bracket.high - 1) >> bracket.shift) - (bracket.low >> bracket.shift) + 1
-        self.bins = torch.zeros(bins, dtype=torch.int64)
-        self._bracket = bracket
-        self._lock = threading.Lock()
-
-    def add(self, keys: torch.Tensor) -> None:
-        """Count the keys of a block."""
-        low, high, shift = self._bracket.low, self._bracket.high, self._bracket.shift
-        if low == self._bracket.bottom and high == self._bracket.top:
-            index = keys >> shift
-            if low < 0:
-                index.sub_(low >> shift).clamp_(min=0)  # of NaN
-            counts = torch.bincount(index, minlength=self.bins.numel())[: self.bins.numel()].cpu()
-            with self._lock:
-                self.bins += counts
-                self.size += keys.numel()
-            return
-        below, first, inside = _split(keys, low, high)
-        index = (inside >> shift).long().sub_(low >> shift).cpu()
-        with self._lock:
-            self.below += below
-            self.bins[0] += first
-            self.bins.index_add_(0, index, torch.ones_like(index))
-            self.size += keys.numel()
-
-
-def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
-    """The numbers of keys below `low` and equal to it, and the keys in ``[low, high)``, or those that are not equal."""
-    if keys.device.type == "cpu":
-        array = keys.numpy()
-        upper = array >= low
-        below = array.size - int(np.count_nonzero(upper))
-        inside = np.less(array, high, out=np.empty_like(upper))
-        inside &= upper
-        first = 0
-        if int(np.count_nonzero(inside)) > array.size >> 4:
-            # where task vectors are sparse or coarse nearly all entries inside may be equal: counting is faster
-            upper = array == low
-            first = int(np.count_nonzero(upper))
-            inside &= np.logical_not(upper, out=upper)
-        return below, first, torch.from_numpy(array[np.flatnonzero(inside)])
-    first = int((keys == low).sum())
-    return int((keys < low).sum()), first, keys[(keys > low) & (keys < high)]

@@ -111,10 +111,10 @@ def test_della_rescaled_by_the_norm(golden: Load, monkeypatch: pytest.MonkeyPatc
     base, models = research(golden, dtype, 1)
     cut = golden(f"research/out__della_magprune_seed1234__normal__{dtype}.safetensors")
 
-    def stored(seed: int, model: int, name: str, start: int, count: int) -> torch.Tensor:
-        return torch.where(cut[f"t0.{name}"].view(-1)[start : start + count] != 0, 0.0, 1.0).double()
+    def stored(seed: int, model: int, name: str, start: int, probabilities: torch.Tensor) -> torch.Tensor:
+        return cut[f"t0.{name}"].view(-1)[start : start + probabilities.numel()].ne(0).to(torch.uint8)
 
-    monkeypatch.setattr(kernels, "uniforms", stored)
+    monkeypatch.setattr(kernels, "keep_mask", stored)
     merged = mg.merge(models, base=base, method="della", density=0.5, rescale="l1")
     # its factor is a float32 number
     assert_close(merged, {name: value + cut[f"t0.{name}"] for name, value in base.items()}, 2e-7)

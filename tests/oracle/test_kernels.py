@@ -52,7 +52,7 @@ def test_rank_selection_is_exact(dtype: torch.dtype, kind: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=1, max_size=50),
-    low=st.integers(0, 0x7F800000),
+    low=st.integers(0, 0x7F7FFFFF),
     width=st.integers(2, 1 << 22),
     data=st.data(),
 )
@@ -82,6 +82,9 @@ def test_draws_begin_anywhere(start: int, count: int) -> None:
     assert torch.equal(kernels.drop_mask(3, 0, "w", start, count, 0.3), mask)
     draws = kernels.uniforms(3, 0, "w", 0, 8000)[start : start + count]
     assert torch.equal(kernels.uniforms(3, 0, "w", start, count), draws)
+    probabilities = torch.linspace(0, 1, 8000)
+    kept = kernels.keep_mask(3, 0, "w", 0, probabilities)[start : start + count]
+    assert torch.equal(kernels.keep_mask(3, 0, "w", start, probabilities[start : start + count]), kept)
 
 
 def test_uniform_draws() -> None:
@@ -122,9 +125,22 @@ def test_masks_drop_at_the_rate(rate: float) -> None:
     assert abs(dropped - n * rate) <= 5 * math.sqrt(n * rate * (1 - rate)) + 1e-9
 
 
-def test_masks_are_independent_draws() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.0, 1e-3, 1 / 256, 0.35, 0.5, 0.65, 0.999, 1.0])
+def test_masks_keep_by_the_probability(p: float, dtype: torch.dtype) -> None:
+    n = 1 << 20
+    kept = int(kernels.keep_mask(0, 0, "w", 0, torch.full((n,), p, dtype=dtype)).sum())
+    assert abs(kept - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-9
+
+
+@pytest.mark.parametrize("half", ["drop", "keep"])
+def test_masks_are_independent_draws(half: str) -> None:
     n = 1 << 18
-    x = kernels.drop_mask(0, 0, "w", 0, n, 0.5).double() - 0.5
+    masks = {
+        "drop": kernels.drop_mask(0, 0, "w", 0, n, 0.5),
+        "keep": kernels.keep_mask(0, 0, "w", 0, torch.full((n,), 0.5)),
+    }
+    x = masks[half].double() - 0.5
     for shift in (1, 2, 7, 8, 32, 256):
         assert abs(float((x[shift:] * x[:-shift]).mean())) < 5 * 0.25 / math.sqrt(n)
 
@@ -149,6 +165,19 @@ def test_the_order_of_rows_is_stable(dtype: torch.dtype) -> None:
     x[:, 100:200] = 0
     assert torch.equal(kernels.row_order(x), x.argsort(dim=1, stable=True))
     assert torch.equal(kernels.row_order(x.T), x.T.argsort(dim=1, stable=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.sampled_from([1, 2, 3, 64, 1000, 4096]), st.integers(0, 2**32 - 1), st.data())
+def test_the_order_of_coarse_rows_is_stable(rows: int, width: int, seed: int, data: st.DataObject) -> None:
+    """Differences of 16-bit weights, among them some that need more bits, equal ones too, and infinite ones."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator).bfloat16().float().abs()
+    some = torch.rand(rows, width, generator=generator) < data.draw(st.sampled_from([0, 0.01, 0.02, 0.5]))
+    x = torch.where(some, x * (1 + torch.randint(1, 4, x.shape, generator=generator) * 2.0**-22), x)
+    if data.draw(st.booleans()):
+        x[0, -1] = data.draw(st.sampled_from([math.inf, 0.0, 1e-45, 3e38]))
+    assert torch.equal(kernels.row_order(x), x.argsort(dim=1, stable=True))
 
 
 def test_nonfinite_values_are_counted_and_found() -> None:

@@ -222,7 +222,7 @@ def test_della_then_ties() -> None:
     cut = []
     for index, delta in enumerate(deltas):
         keep = keep_probabilities(delta.view(-1), (12, 10), 0.6, 0.1)
-        mask = kernels.uniforms(5, index, "w", 0, 120) < keep
+        mask = kernels.keep_mask(5, index, "w", 0, keep)
         cut.append(delta * (mask / keep).view_as(delta))
     merged = mg.merge(models, base=base, method="della", density=0.6, epsilon=0.1, election="ties", seed=5)
     assert torch.allclose(merged["w"] - base["w"], elected(cut, [1.0] * 3, mean=True), rtol=0, atol=1e-12)

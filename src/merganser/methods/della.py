@@ -98,8 +98,7 @@ class Della(Method, name="della"):
         if density == 1 or not delta.numel():
             return delta
         keep = keep_probabilities(delta, block.spec.shape, density, per_model(self.epsilon, index))
-        draws = kernels.uniforms(block.seed, index, key.name, key.start, key.stop - key.start)
-        delta.mul_(kernels.at_least(draws.to(delta.device), keep).bitwise_xor_(1))
+        delta.mul_(kernels.keep_mask(block.seed, index, key.name, key.start, keep).to(delta.device))
         if self.rescale == "expectation":
             # an entry that is never kept is zero already
             delta.div_(keep.clamp_(min=torch.finfo(keep.dtype).tiny))
