@@ -104,7 +104,7 @@ def pairs(only: Sequence[str] | None) -> list[Pair]:
     return [pair for pair in found if not only or pair.method in only]
 
 
-def command(pair: Pair, models: Path, out: Path) -> list[str]:
+def command(pair: Pair, models: Path, out: Path, threads: int | None) -> list[str]:
     """The merge on the command line."""
     from merganser.methods import create_method
 
@@ -123,6 +123,7 @@ def command(pair: Pair, models: Path, out: Path) -> list[str]:
         pair.method,
         *base,
         *options,
+        *(() if threads is None else ("-j", str(threads))),
         *inputs,
         "-o",
         str(out),
@@ -142,7 +143,7 @@ def kit_command(pair: Pair, python: Path, models: Path, out: Path, recipe: Path)
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """That of the processes: torch's threads, if given, and bytecode is kept, as in an ordinary installation."""
+    """That of the processes: the threads of torch, if given; bytecode is kept, as in an ordinary installation."""
     found = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return found if threads is None else found | {"OMP_NUM_THREADS": str(threads)}
 
@@ -183,12 +184,13 @@ class Sides:
     kit: Path | None
     work: Path
     limit: float
-    env: Mapping[str, str]
+    threads: int | None
 
     def commands(self, pair: Pair) -> dict[str, list[str]]:
         """By name: the merge here and there, and the same on the tiny model."""
         out = self.work / "out"
-        found = {"merge": command(pair, self.models, out), "start-up": command(pair, self.tiny, out)}
+        found = {"merge": command(pair, self.models, out, self.threads)}
+        found["start-up"] = command(pair, self.tiny, out, self.threads)
         if self.kit is not None and pair.kit is not None:
             big, small = self.work / "big.yml", self.work / "small.yml"
             found["mergekit"] = kit_command(pair, self.kit, self.models, out, big)
@@ -207,7 +209,7 @@ class Sides:
                 if turn > runs[name]:
                     continue
                 shutil.rmtree(self.work / "out", ignore_errors=True)
-                result = timed(parts, self.limit, self.work, self.env)
+                result = timed(parts, self.limit, self.work, environment(self.threads))
                 print(
                     f"{pair.label}, {name} {turn}: {result.cpu:.2f} CPU s, {result.peak / 1e6:.0f} MB", file=sys.stderr
                 )
@@ -251,9 +253,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--mergekit", default="none", help="an interpreter with mergekit, `make`, or `none`")
     parser.add_argument("--mergekit-runs", type=int, default=1, help="after one that warms up; 0: that one alone")
-    parser.add_argument(
-        "--threads", type=int, help="OMP_NUM_THREADS of both sides; more make mergekit's CPU time longer"
-    )
+    parser.add_argument("--threads", type=int, help="of both sides: worker threads here, torch's there")
     parser.add_argument("--only", nargs="*", help="methods; all of them by default")
     parser.add_argument("--skip", nargs="*", default=[], help="methods that are not run")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a run is stopped")
@@ -266,7 +266,7 @@ def main() -> None:
     runs = {"merge": options.runs, "start-up": options.runs}
     runs |= {"mergekit": options.mergekit_runs, "mergekit start-up": options.mergekit_runs}
     machine = platform.processor() or platform.machine()
-    threads = "torch's own number of threads" if options.threads is None else f"OMP_NUM_THREADS={options.threads}"
+    threads = "default threads" if options.threads is None else f"{options.threads} thread(s) on both sides"
     print(f"{options.size}, {machine}, {os.cpu_count()} cores, Python {platform.python_version()}, {threads}")
     print(f"Medians of {options.runs} runs, of mergekit {max(1, options.mergekit_runs)}.\n")
     print("| merge | CPU s | net | wall s | peak MB | mergekit CPU s | net | peak MB | ratio | net ratio |")
@@ -281,7 +281,7 @@ def main() -> None:
             kit,
             Path(scratch).absolute(),
             options.limit,
-            environment(options.threads),
+            options.threads,
         )
         for pair in pairs(options.only):
             if pair.method in options.skip:

@@ -6,6 +6,7 @@ here gives the same bits for any block size and any number of threads.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -35,8 +36,9 @@ __all__ = [
     "at_least",
     "balance",
     "between",
-    "chunk_dots",
     "chunk_l1",
+    "chunk_products",
+    "chunk_squares",
     "compute_dtype",
     "count_nonfinite",
     "count_ones",
@@ -155,26 +157,40 @@ Partials: TypeAlias = "npt.NDArray[np.float64]"
 """Sums over consecutive chunks of `CHUNK` elements, in float64."""
 
 
-def chunk_dots(a: torch.Tensor, b: torch.Tensor) -> Partials:
-    """Inner products of two flat blocks over consecutive chunks, accumulated in float64.
+def chunk_products(vectors: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]]) -> list[Partials]:
+    """Inner products of pairs of flat blocks of one size over consecutive chunks, accumulated in float64.
 
     `exact_sum` of those of all blocks is the inner product of the tensors, whatever the blocks were.
+
+    Args:
+        vectors: the blocks.
+        pairs: the indices of the two factors of every product. A block is converted to float64 once.
+
+    Complexity: O(elements) per vector and per pair; memory of one chunk of every vector in float64.
     """
-    if a.device.type != "cpu":
-        return _by_chunk(a, lambda x, first, last: x * b[first:last].view_as(x))
-    x, y = a.numpy(), b.numpy()
-    buffers = np.empty((2, min(CHUNK, max(1, x.size))))
-    parts = np.zeros(-(-x.size // CHUNK))
-    for index, first in enumerate(range(0, x.size, CHUNK)):
-        last = min(first + CHUNK, x.size)
-        left = right = buffers[0, : last - first]
-        left[:] = x[first:last]
-        if a is not b:
-            right = buffers[1, : last - first]
-            right[:] = y[first:last]
-        # longer products would be divided among threads, and rounded as their number is
-        parts[index] = sum(float(np.dot(left[i : i + _DOT], right[i : i + _DOT])) for i in range(0, last - first, _DOT))
-    return parts
+    if vectors[0].device.type != "cpu":
+        return [_by_chunk(vectors[i], functools.partial(_times, vectors[j])) for i, j in pairs]
+    arrays = [vector.numpy() for vector in vectors]
+    size = arrays[0].size
+    buffers = np.empty((len(arrays), min(_DOT, max(1, size))))
+    parts = np.zeros((len(pairs), -(-size // CHUNK)))
+    # longer products would be divided among threads, and rounded as their number is
+    for first in range(0, size, _DOT):
+        wide = buffers[:, : min(_DOT, size - first)]
+        for row, array in zip(wide, arrays, strict=True):
+            row[:] = array[first : first + _DOT]
+        for sums, (i, j) in zip(parts, pairs, strict=True):
+            sums[first // CHUNK] += np.dot(wide[i], wide[j])
+    return list(parts)
+
+
+def _times(other: torch.Tensor, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    return x * other[first:last].view_as(x)
+
+
+def chunk_squares(x: torch.Tensor) -> Partials:
+    """Squared norms of a flat block over consecutive chunks, accumulated in float64."""
+    return chunk_products((x,), ((0, 0),))[0]
 
 
 def chunk_l1(a: torch.Tensor) -> Partials:

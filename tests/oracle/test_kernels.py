@@ -152,8 +152,10 @@ def test_chunked_products_do_not_depend_on_the_blocks(numel: int, chunks: int) -
     a, b = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator)
     step = chunks * kernels.CHUNK
     blocks = range(0, numel, step)
-    whole = kernels.exact_sum([kernels.chunk_dots(a, b)])
-    assert whole == kernels.exact_sum([kernels.chunk_dots(a[s : s + step], b[s : s + step]) for s in blocks])
+    whole = kernels.exact_sum([kernels.chunk_products((a, b), [(0, 1)])[0]])
+    parts = [kernels.chunk_products((a[s : s + step], b[s : s + step]), [(0, 1), (1, 1)]) for s in blocks]
+    assert whole == kernels.exact_sum([part[0] for part in parts])
+    assert kernels.exact_sum([kernels.chunk_squares(b)]) == kernels.exact_sum([part[1] for part in parts])
     assert whole == pytest.approx(float(a.double() @ b.double()), rel=1e-9, abs=1e-9)
     assert kernels.exact_sum([kernels.chunk_l1(a)]) == pytest.approx(float(a.double().abs().sum()), rel=1e-12)
 

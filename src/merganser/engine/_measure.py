@@ -119,9 +119,9 @@ def statistics(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor
         x = block.model(0)
         bad = kernels.count_nonfinite(x)
         if not x.numel():
-            return kernels.chunk_dots(x, x), 0.0, 0.0, 0, bad
+            return kernels.chunk_squares(x), 0.0, 0.0, 0, bad
         zeros = x.numel() - int(kernels.nonzero(x).sum())
-        return kernels.chunk_dots(x, x), float(x.double().sum()), float(x.abs().max()), zeros, bad
+        return kernels.chunk_squares(x), float(x.double().sum()), float(x.abs().max()), zeros, bad
 
     pieces = defaultdict(list)
     for key, result in _stream().context(tensors, 0).each(measure):
@@ -155,7 +155,7 @@ def compare(a: Checkpoint, b: Checkpoint, base: Checkpoint | None = None) -> dic
         gap = torch.sub(x, y, out=block.buffer("gap"))
         both, opposite = int(kernels.nonzero(product).sum()), int((product < 0).sum())
         counts = (int(kernels.nonzero(gap).sum()), both, opposite)
-        return [kernels.chunk_dots(u, v) for u, v in ((gap, gap), (x, x), (y, y), (x, y))], counts
+        return kernels.chunk_products((gap, x, y), ((0, 0), (1, 1), (2, 2), (1, 2))), counts
 
     dots: Mapping[str, list[list[kernels.Partials]]] = defaultdict(list)
     counts: Mapping[str, list[tuple[int, int, int]]] = defaultdict(list)

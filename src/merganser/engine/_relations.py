@@ -141,7 +141,7 @@ def _measure(block: Block) -> tuple[Any, ...]:
         ]
         faded.append(lost)
     return (
-        kernels.chunk_dots(base, base),
+        kernels.chunk_squares(base),
         products,
         both.numpy().astype(np.int64),
         ((both - agreement) / 2).numpy().astype(np.int64),

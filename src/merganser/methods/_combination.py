@@ -29,8 +29,6 @@ __all__ = [
 
 Matrix = npt.NDArray[np.float64]
 
-_RUN = 4 * kernels.CHUNK
-
 
 def combine(block: Block, coefficients: Sequence[float], *, deltas: bool = False) -> torch.Tensor:
     """``sum_i c_i W_i`` (or of the task vectors, with `deltas`), from left to right, in two buffers.
@@ -57,7 +55,7 @@ def inner_products(context: Context, *, deltas: bool | None = None) -> dict[str,
         context: the tensors.
         deltas: of the task vectors; None means where there is a base.
 
-    Complexity: one pass, O(models^2) operations per element; memory of four chunks of every model in float64.
+    Complexity: one pass, O(models^2) operations per element; memory of one chunk of every model in float64.
     """
     parts: dict[str, list[Partials]] = defaultdict(list)
     for key, products in context.each(lambda block: _products(block, block.based if deltas is None else deltas)):
@@ -76,14 +74,8 @@ def _products(block: Block, deltas: bool) -> Partials:
 
 def partial_products(vectors: Sequence[torch.Tensor]) -> Partials:
     """Inner products of the vectors of a block: partial sums over chunks, a row for every pair."""
-    rows: list[list[Partials]] = [[] for _ in range(len(vectors) * (len(vectors) + 1) // 2)]
-    for first in range(0, vectors[0].numel(), _RUN):
-        wide = [values[first : first + _RUN].double() for values in vectors]
-        pairs = iter(rows)
-        for i, a in enumerate(wide):
-            for b in wide[i:]:
-                next(pairs).append(kernels.chunk_dots(a, b))
-    return np.array([np.concatenate(row) if row else np.zeros(0) for row in rows])
+    pairs = list(itertools.combinations_with_replacement(range(len(vectors)), 2))
+    return np.array(kernels.chunk_products(vectors, pairs))
 
 
 def matrix_of(models: int, pieces: Sequence[Partials]) -> Matrix:

@@ -105,7 +105,7 @@ class Fisher(Method, name="fisher"):
 
     def _squares(self, block: Block) -> list[Partials]:
         values = [self._fisher(block, index) for index in range(len(block.weights))]
-        return [kernels.chunk_dots(value, value) for value in values if value is not None]
+        return [kernels.chunk_squares(value) for value in values if value is not None]
 
 
 def check_sign(block: Block, index: int, fisher: torch.Tensor) -> None:

@@ -129,4 +129,4 @@ def _pairs(models: int) -> list[tuple[int, int]]:
 
 def _inner_products(block: Block) -> list[Partials]:
     deltas = block.deltas()
-    return [kernels.chunk_dots(deltas[i], deltas[j]) for i, j in _pairs(len(deltas))]
+    return kernels.chunk_products(deltas, _pairs(len(deltas)))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.kernels import CHUNK, chunk_dots
+from merganser.kernels import CHUNK, chunk_products
 from merganser.methods._base import About, Method, check_normalisable
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
@@ -98,8 +98,8 @@ class NuSlerp(Method, name="nuslerp"):
         if self.row(block.spec) > 1:
             return [(block.key.start // length, _row_products(a.view(-1, length), b.view(-1, length)))]
         if count == 1:
-            pairs = ((a, b), (a, a), (b, b))
-            return [(0, part.reshape(3, 1)) for part in np.stack([chunk_dots(x, y) for x, y in pairs], axis=1)]
+            found = np.stack(chunk_products((a, b), ((0, 1), (0, 0), (1, 1))), axis=1)
+            return [(0, part.reshape(3, 1)) for part in found]
         buffer = np.empty((3, CHUNK))
         pieces: list[tuple[int, Array]] = []
         for start, first, last in chunks(block):

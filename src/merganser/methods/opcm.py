@@ -140,7 +140,7 @@ class Opcm(Method, name="opcm"):
         """Sums of squares of the task vectors and, last, of the sum of the cleaned ones and of the base."""
         found: list[kernels.Partials] = []
         total = self._sum(block, found)
-        return [*found, kernels.chunk_dots(total, total), kernels.chunk_dots(block.base, block.base)]
+        return [*found, kernels.chunk_squares(total), kernels.chunk_squares(block.base)]
 
     def _weight(self, block: Block, index: int) -> float:
         """What a task vector is multiplied by: its weight, or what makes the earlier sum of the earlier result."""
@@ -158,12 +158,12 @@ class Opcm(Method, name="opcm"):
             delta = block.delta(index, slot=0)
             resumed = index == 0 and bool(self.earlier)
             if squares is not None and resumed:
-                squares.append(kernels.chunk_dots(delta, delta))
+                squares.append(kernels.chunk_squares(delta))
             weight = self._weight(block, index)
             if weight != 1:
                 delta.mul_(weight)
             if squares is not None and not resumed:
-                squares.append(kernels.chunk_dots(delta, delta))
+                squares.append(kernels.chunk_squares(delta))
             if matrix and index:
                 shape = block.spec.shape
                 delta.view(shape).sub_(self._taken(total.view(shape), delta.view(shape)))

@@ -101,7 +101,7 @@ class Sce(Method, name="sce"):
         return deltas
 
     def _energies(self, block: Block, state: _SceState) -> list[Partials]:
-        return [kernels.chunk_dots(delta, delta) for delta in self._selected(block, state)]
+        return [kernels.chunk_squares(delta) for delta in self._selected(block, state)]
 
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""

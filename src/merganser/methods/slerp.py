@@ -52,7 +52,7 @@ class Slerp(Method, name="slerp"):
     def prepare(self, context: Context) -> dict[str, float]:
         """The cosine of every tensor's two poles."""
         cosines: dict[str, float] = {}
-        parts: dict[str, list[tuple[Partials, Partials, Partials]]] = defaultdict(list)
+        parts: dict[str, list[list[Partials]]] = defaultdict(list)
         for key, dots in context.each(_inner_products):
             parts[key.name].append(dots)
         for name, pieces in parts.items():
@@ -77,9 +77,8 @@ def _poles(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     return block.model(0, slot=0), block.model(1, slot=1)
 
 
-def _inner_products(block: Block) -> tuple[Partials, Partials, Partials]:
-    a, b = _poles(block)
-    return kernels.chunk_dots(a, b), kernels.chunk_dots(a, a), kernels.chunk_dots(b, b)
+def _inner_products(block: Block) -> list[Partials]:
+    return kernels.chunk_products(_poles(block), ((0, 1), (0, 0), (1, 1)))
 
 
 def _shares(cosine: float, t: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from merganser.methods._options import option
 
 __all__ = ["VarianceCorrected"]
 
-Moments = list[tuple[kernels.Partials, kernels.Partials]]
+Moments = list[list[kernels.Partials]]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,5 @@ class VarianceCorrected(Method, name="variance_corrected"):
         return merged if self.scale == 1 else merged.sub_(block.base).mul_(self.scale).add_(block.base)
 
 
-def _sums(values: torch.Tensor) -> tuple[kernels.Partials, kernels.Partials]:
-    wide = values.double()
-    return kernels.chunk_dots(wide, torch.ones_like(wide)), kernels.chunk_dots(wide, wide)
+def _sums(values: torch.Tensor) -> list[kernels.Partials]:
+    return kernels.chunk_products((values, torch.ones_like(values)), ((0, 1), (0, 0)))
