@@ -10,8 +10,8 @@ from pathlib import Path
 from merganser.checkpoint import read_json, write_error
 from merganser.errors import EnvironmentFault, InputError, Place, UsageError
 from merganser.report._bench import bench_document
+from merganser.report._canvas import require_matplotlib
 from merganser.report._document import Document
-from merganser.report._draw import require_matplotlib
 from merganser.report._merge import merge_document
 from merganser.report._page import page
 from merganser.report._record import Record

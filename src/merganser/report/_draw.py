@@ -6,27 +6,19 @@ serves dark and light. Series differ in colour (Okabe and Ito, 2008, safe for co
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
-from merganser.errors import EnvironmentFault
+from merganser.report._canvas import GROUND, INK, Canvas
 from merganser.report._redact import short
 
-__all__ = ["Point", "Series", "bars", "heatmap", "lines", "points", "require_matplotlib"]
+__all__ = ["Point", "Series", "bars", "heatmap", "lines", "points"]
 
-_INK, _LINE, _GROUND = "#101112", "#a1a2a3", "#fdfcfb"
-_VARIABLES = {_INK: "var(--ink)", _LINE: "var(--line)", _GROUND: "var(--ground)"}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
 _MOST_TICKS = 24
 _MOST_BANDS = 4
 """Series up to which intervals are shaded; of more they would cover one another."""
@@ -41,30 +33,6 @@ _BESIDE = (
     (-6, -9, "right"),
 )
 """Where a point's name may stand: its distance in points, and which side of it is there."""
-_ZOOM = 1.5
-"""Pixels of the page per point of a drawing."""
-
-_SETTINGS: Mapping[str, Any] = {
-    "svg.hashsalt": "merganser",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 10,
-    "text.color": _INK,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "axes.unicode_minus": True,
-    "legend.frameon": False,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.4,
-}
 
 
 @dataclass(frozen=True)
@@ -89,49 +57,6 @@ class Point:
     group: str = ""
 
 
-def require_matplotlib() -> None:
-    """Check that drawings can be made.
-
-    Raises:
-        EnvironmentFault: E0704.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise EnvironmentFault(
-            "E0704", "matplotlib is not installed, which draws the report", fix="pip install 'merganser[report]'"
-        ) from None
-
-
-class _Canvas:
-    """A figure with one panel, under settings of our own whatever the user's are."""
-
-    def __init__(self, name: str, width: float, height: float) -> None:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        self._name = name
-        settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS}
-        self._context = matplotlib.rc_context(settings)
-        self._context.__enter__()
-        self.figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(self.figure)
-        self.figure.patch.set_alpha(0)
-        self.panel: Any = self.figure.subplots()
-        self.panel.patch.set_alpha(0)
-
-    def svg(self) -> str:
-        out = io.StringIO()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph .* missing")
-                self.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        finally:
-            self._context.__exit__(None, None, None)
-        return _inline(out.getvalue(), self._name)
-
-
 def heatmap(
     name: str,
     values: Sequence[Sequence[float]],
@@ -145,12 +70,12 @@ def heatmap(
     """A matrix as coloured cells, with its numbers in them where they fit; NaN is left empty."""
     wide, high = len(columns), len(rows)
     beside = 1.7 + 0.065 * max((min(30, len(row)) for row in rows), default=0)
-    canvas = _Canvas(name, min(9.0, beside + 0.6 * wide), min(11.0, 1.6 + max(0.22, 0.42 if wide < 9 else 0.24) * high))
+    canvas = Canvas(name, min(9.0, beside + 0.6 * wide), min(11.0, 1.6 + max(0.22, 0.42 if wide < 9 else 0.24) * high))
     panel, figure = canvas.panel, canvas.figure
     centred = limits[0] < 0
     grid = [[value if math.isfinite(value) else math.nan for value in row] for row in values]
     mesh = panel.pcolormesh(
-        grid, cmap="RdBu_r" if centred else "cividis", vmin=limits[0], vmax=limits[1], edgecolors=_GROUND, linewidth=0.6
+        grid, cmap="RdBu_r" if centred else "cividis", vmin=limits[0], vmax=limits[1], edgecolors=GROUND, linewidth=0.6
     )
     panel.invert_yaxis()
     for side in panel.spines.values():
@@ -186,7 +111,7 @@ def lines(
     integers: bool = False,
 ) -> str:
     """Lines over numbers, or over the categories `ticks`; `level` draws a horizontal line. Few lines have bands."""
-    canvas = _Canvas(name, 8.0, 3.6 + (0.9 if ticks and max(map(len, ticks), default=0) > 6 else 0))
+    canvas = Canvas(name, 8.0, 3.6 + (0.9 if ticks and max(map(len, ticks), default=0) > 6 else 0))
     panel = canvas.panel
     few = max((len(item.x) for item in series), default=0) <= 40
     for index, item in enumerate(series):
@@ -197,7 +122,7 @@ def lines(
         if item.low is not None and item.high is not None and len(series) <= _MOST_BANDS:
             panel.fill_between(item.x, item.low, item.high, color=colour, alpha=0.14, linewidth=0)
     if level is not None:
-        panel.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        panel.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     if log:
         panel.set_yscale("log")
         _log_ticks(panel.yaxis)
@@ -218,7 +143,7 @@ def bars(
     level: float | None = None,
 ) -> str:
     """Groups of bars with intervals; hatched, so that they differ without colour. The x of a series are its groups."""
-    canvas = _Canvas(name, min(9.5, 3.0 + 0.24 * len(groups) * (len(series) + 1)), 3.9)
+    canvas = Canvas(name, min(9.5, 3.0 + 0.24 * len(groups) * (len(series) + 1)), 3.9)
     panel, width = canvas.panel, 0.82 / max(1, len(series))
     for index, item in enumerate(series):
         left = [position - 0.41 + width * (index + 0.5) for position in item.x]
@@ -233,13 +158,13 @@ def bars(
             label=short(item.name, 36),
             color=_COLOURS[index % len(_COLOURS)],
             hatch=("", "//", "..", "xx", "\\\\", "oo", "--", "++")[index % 8],
-            edgecolor=_GROUND,
+            edgecolor=GROUND,
             linewidth=0.4,
             yerr=errors,
-            error_kw={"ecolor": _INK, "elinewidth": 0.9, "capsize": 2},
+            error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
         )
     if level is not None:
-        panel.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        panel.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     _category_ticks(panel.xaxis, groups, rotate=True, centre=0.0)
     _label(canvas, "", y, legend=len(series) > 1)
     return canvas.svg()
@@ -247,7 +172,7 @@ def bars(
 
 def points(name: str, items: Sequence[Point], *, x: str, y: str, log: bool = False, named: bool = True) -> str:
     """Points of several groups; those that are marked are joined by a line."""
-    canvas = _Canvas(name, 8.0, 4.4)
+    canvas = Canvas(name, 8.0, 4.4)
     panel = canvas.panel
     for index, group in enumerate(dict.fromkeys(item.group for item in items)):
         members = [item for item in items if item.group == group]
@@ -256,7 +181,7 @@ def points(name: str, items: Sequence[Point], *, x: str, y: str, log: bool = Fal
         panel.scatter([p.x for p in members], [p.y for p in members], s=30, label=label, zorder=3, **style)
     front = sorted((item for item in items if item.marked), key=lambda item: (item.x, item.y))
     if len(front) > 1:
-        panel.plot([p.x for p in front], [p.y for p in front], color=_INK, linewidth=1, linestyle="--", label="front")
+        panel.plot([p.x for p in front], [p.y for p in front], color=INK, linewidth=1, linestyle="--", label="front")
     panel.margins(x=0.12, y=0.1)
     if log:
         panel.set_xscale("log")
@@ -267,7 +192,7 @@ def points(name: str, items: Sequence[Point], *, x: str, y: str, log: bool = Fal
     return canvas.svg()
 
 
-def _place_names(canvas: _Canvas, items: Sequence[Point]) -> None:
+def _place_names(canvas: Canvas, items: Sequence[Point]) -> None:
     """Names beside their points, where they cover neither a point nor another name, if there is such a place."""
     canvas.figure.draw_without_rendering()
     places = canvas.panel.transData.transform([(item.x, item.y) for item in items]) * 72 / canvas.figure.dpi
@@ -292,7 +217,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _label(canvas: _Canvas, x: str, y: str, *, legend: bool) -> None:
+def _label(canvas: Canvas, x: str, y: str, *, legend: bool) -> None:
     canvas.panel.set_xlabel(x)
     canvas.panel.set_ylabel(y)
     canvas.panel.grid(axis="y", alpha=0.6)
@@ -322,41 +247,3 @@ def _category_ticks(axis: Any, names: Sequence[str], *, rotate: bool, centre: fl
     how = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axis.set_ticks([index + centre for index in shown], labels, **how)
     axis.set_tick_params(length=0)
-
-
-def _inline(text: str, name: str) -> str:
-    """The drawing as an element of a page: no style attributes, own ids, the page's colours, a size in pixels."""
-    ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _XLINK)
-    root = ElementTree.fromstring(text[text.index("<svg") :])
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
-    names = {element.get("id", ""): f"{name}-{index}" for index, element in enumerate(root.iter()) if element.get("id")}
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            if key == "style":
-                del element.attrib[key]
-                for part in filter(None, (piece.strip() for piece in value.split(";"))):
-                    property_, _, setting = part.partition(":")
-                    size = re.search(r"([\d.]+)px", setting) if property_.strip() == "font" else None
-                    element.set(*(("font-size", size[1]) if size else (property_.strip(), setting.strip())))
-        for key, value in list(element.attrib.items()):
-            element.set(key, _adapted(key, value, names))
-    _, _, width, height = root.get("viewBox", "0 0 0 0").split()
-    root.set("width", f"{_ZOOM * float(width):.0f}")
-    root.set("height", f"{_ZOOM * float(height):.0f}")
-    root.attrib.pop("version", None)
-    root.set("aria-hidden", "true")
-    root.set("focusable", "false")
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _adapted(key: str, value: str, names: Mapping[str, str]) -> str:
-    if key == "id":
-        return names[value]
-    if key == f"{{{_XLINK}}}href" and value.startswith("#"):
-        return "#" + names.get(value[1:], value[1:])
-    value = re.sub(r"url\(#([^)]+)\)", lambda match: f"url(#{names.get(match[1], match[1])})", value)
-    return _VARIABLES.get(value.lower(), value)

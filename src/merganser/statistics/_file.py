@@ -23,7 +23,8 @@ from merganser.checkpoint._json import parse_json
 from merganser.checkpoint._safetensors import Header, build_header, read_header
 from merganser.errors import EnvironmentFault, InputError, MerganserError, NumericError, Place
 from merganser.statistics import _statistics as base
-from merganser.statistics._statistics import TABLES, Statistics, Table
+from merganser.statistics._statistics import TABLES, Statistics
+from merganser.statistics._table import Table
 
 __all__ = ["MARK", "check_out", "load", "merge_files", "open_tensors", "save", "write_tensors"]
 

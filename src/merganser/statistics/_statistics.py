@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,12 @@ from merganser._torch import torch
 from merganser.checkpoint import Checkpoint, open_checkpoint
 from merganser.errors import InputError, Place, UsageError
 from merganser.statistics._fingerprint import checkpoint_digest
+from merganser.statistics._table import Table, Tensors
 
 __all__ = [
     "INPUT_KINDS",
     "TABLES",
     "Statistics",
-    "Table",
     "check_addable",
     "check_shape",
     "check_weights",
@@ -28,48 +28,10 @@ __all__ = [
 ]
 
 TABLES = ("gram", "output_gram", "mean", "fisher", "block", "rows")
+"""The fields of `Statistics` that hold tensors, which are also the first part of the keys in a file."""
 
 INPUT_KINDS = frozenset({"gram", "mean"})
 """Tables of a linear map's input: a forward pass gives them, without labels."""
-"""The fields of `Statistics` that hold tensors, which are also the first part of the keys in a file."""
-
-Tensors = Mapping[str, "torch.Tensor"]
-
-
-class Table(Mapping[str, "torch.Tensor"]):
-    """The tensors of one kind in a file, each read when it is asked for and not kept.
-
-    Args:
-        owners: for every weight name, the name under which its tensor is stored.
-        stored: shape and type of every stored tensor.
-        read: reads a stored tensor.
-    """
-
-    def __init__(
-        self,
-        owners: Mapping[str, str],
-        stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        read: Callable[[str], torch.Tensor],
-    ) -> None:
-        self.owners = dict(owners)
-        self._stored = stored
-        self._read = read
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._read(self.owners[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.owners
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.owners)
-
-    def __len__(self) -> int:
-        return len(self.owners)
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of a tensor, without reading it."""
-        return self._stored[self.owners[name]]
 
 
 @dataclass(frozen=True, eq=False)
