@@ -14,7 +14,9 @@ import torch
 
 import merganser as mg
 from merganser.evaluation.bench import read_suite
+from merganser.evaluation.bench._baselines import ensemble as ensemble_of
 from merganser.evaluation.bench._flops import FlopCounter
+from merganser.evaluation.bench._pretraining import prepared_lab
 from tests.conftest import Cli
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines
 
@@ -27,6 +29,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "average"},
     {"method": "task_arithmetic", "search": {"scale": [0.2, 0.5, 1.0]}},
     {"method": "mats", "options": {"iterations": 3}},
+    {"method": "output_matching"},
+    {"method": "sequential_mats", "options": {"iterations": 3}},
 ]
 
 
@@ -52,11 +56,12 @@ def small_suite(folder: Path, **changes: Any) -> dict[str, Any]:
         "max_length": 16,
         "tasks": write_tasks(folder, "one", "two", "three"),
         "held_out": write_tasks(folder, "four"),
+        "composition": {"five": {**write_tasks(folder, "five")["five"], "answers": "one"}},
         "splits": {"test": 20, "validation": 10, "statistics": 12, "probe": 20},
         "training": {"steps": 8, "rate": 1e-2, "head_rate": 1e-2},
         "methods": METHODS,
         "baseline_training": {"multitask_steps": 6, "distillation_steps": 4},
-        "counts": {"models": [2], "draws": 2, "methods": ["average"]},
+        "counts": {"models": [2], "draws": 2, "methods": ["average"], "seeds": 1},
         "seeds": [0, 1],
         **changes,
     }
@@ -73,10 +78,11 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     folder, _, found = finished
     assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
     assert {step["state"] for step in found["steps"]} == {"done"}
-    assert [t["name"] for t in found["tasks"]] == ["one", "two", "three", "four"]
-    assert {t["role"] for t in found["tasks"]} == {"held_in", "held_out"}
+    assert [t["name"] for t in found["tasks"]] == ["one", "two", "three", "four", "five"]
+    assert [t["role"] for t in found["tasks"]] == [*["held_in"] * 3, "held_out", "composition"]
     rows = {(row["id"], row["seed"], row["draw"]): row for row in found["rows"]}
     names = ["experts", "base", "multitask", "ensemble", "distillation", "average", "task_arithmetic-tuned", "mats"]
+    names += ["output_matching", "sequential_mats"]
     assert [row["id"] for row in found["summary"]] == names
     for name in names:
         for seed in (0, 1):
@@ -88,6 +94,7 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
             assert low <= row["held_in"]["value"] <= high
             if name not in ("experts", "ensemble"):
                 assert row["held_out"]["value"] == row["scores"]["four"]["value"]
+                assert row["composition"]["value"] == row["scores"]["five"]["value"]
     experts = rows["experts", 0, None]
     assert experts["held_in"]["normalised"] == pytest.approx(1.0)
     assert experts["held_in"]["value"] > rows["base", 0, None]["held_in"]["value"]
@@ -101,10 +108,14 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert mats["cost"]["statistics"]["seconds"] > 0 < mats["cost"]["statistics"]["bytes"]
     assert mats["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"] > 0
     assert rows["average", 0, None]["cost"]["statistics"]["seconds"] == 0
+    walked = rows["output_matching", 0, None]
+    assert (walked["data"], walked["cost"]["statistics"]["seconds"]) == ("unlabelled", 0)
+    assert walked["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"]
+    assert rows["sequential_mats", 0, None]["cost"]["statistics"] == mats["cost"]["statistics"]
     pairs = [row for row in found["rows"] if row["draw"] is not None]
-    assert len(pairs) == 4
-    assert {row["count"] for row in pairs} == {2}
-    assert [(s["id"], s["count"], s["draws"]) for s in found["scaling"]] == [("average", 2, 4)]
+    assert len(pairs) == 2
+    assert {(row["count"], row["seed"]) for row in pairs} == {(2, 0)}
+    assert [(s["id"], s["count"], s["draws"]) for s in found["scaling"]] == [("average", 2, 2)]
     summary = next(s for s in found["summary"] if s["id"] == "average")
     values = [rows["average", seed, None]["held_in"]["value"] for seed in (0, 1)]
     assert summary["held_in"]["mean"] == pytest.approx(sum(values) / 2)
@@ -183,28 +194,28 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
     write_decoder(tmp_path / "base")
     for number, name in enumerate(("a", "b", "c")):
         (tmp_path / f"{name}.txt").write_text("\n".join(sentences(150, seed=number)))
-    found = mg.bench(
-        {
-            "name": "books",
-            "base": {"path": "base"},
-            "max_length": 12,
-            "tasks": {name: {"kind": "perplexity", "data": f"{name}.txt"} for name in ("a", "b")},
-            "held_out": {"c": {"kind": "perplexity", "data": "c.txt"}},
-            "splits": {"test": 6, "validation": 4, "statistics": 5},
-            "training": {"steps": 12, "batch": 4, "rate": 1e-2, "only": ["model.layers.1.*"]},
-            "merge": {"only": ["model.layers.1.*"]},
-            "methods": [{"method": "average"}, {"method": "regmean"}],
-            "baselines": ["base", "experts", "multitask", "distillation"],
-            "baseline_training": {"distillation_steps": 3},
-        },
-        tmp_path / "out",
-        data=tmp_path,
-    )
+    suite = {
+        "name": "books",
+        "base": {"path": "base"},
+        "max_length": 12,
+        "tasks": {name: {"kind": "perplexity", "data": f"{name}.txt"} for name in ("a", "b")},
+        "held_out": {"c": {"kind": "perplexity", "data": "c.txt"}},
+        "splits": {"test": 6, "validation": 4, "statistics": 5},
+        "training": {"steps": 12, "batch": 4, "rate": 1e-2, "only": ["model.layers.1.*"]},
+        "merge": {"only": ["model.layers.1.*"]},
+        "methods": [{"method": "average"}, {"method": "regmean"}],
+        "baseline_training": {"distillation_steps": 3},
+    }
+    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
     assert not [step for step in found["steps"] if step["state"] == "failed"], found["steps"]
     rows = {row["id"]: row for row in found["rows"]}
     assert rows["experts"]["held_in"]["value"] > rows["base"]["held_in"]["value"]
     assert rows["average"]["scores"]["a"]["metric"] == "log_likelihood"
     assert 0 < rows["average"]["scores"]["a"]["normalised"] < 2
+    ensemble, own = (rows[name]["scores"]["a"]["value"] for name in ("ensemble", "experts"))
+    assert rows["base"]["scores"]["a"]["value"] < ensemble < own
+    lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
+    assert ensemble_of(lab, [lab.expert("a", 0)] * 2)["a"].value == pytest.approx(own, rel=1e-6)
     assert rows["regmean"]["held_out"]["normalised"] is None
     expert = next((tmp_path / "out" / "cache" / "experts").glob("a-*")) / "model"
     base, tuned = (mg.open_checkpoint(str(p)) for p in (tmp_path / "base", expert))
@@ -268,6 +279,7 @@ def test_the_suites_that_are_shipped_are_valid(file: Path, quick: bool) -> None:
         ({"base": {}}, "E0303", "package"),
         ({"counts": {"models": [2], "methods": ["ties"]}}, "E0303", "ties"),
         ({"counts": {"models": [9]}}, "E0303", "9 models"),
+        ({"composition": {"x": {"kind": "classification", "test": "b", "answers": "tow"}}}, "E0303", "tow"),
         ({"trainin": {}}, "E0302", "training"),
         ({"training": {"step": 3}}, "E0302", "steps"),
     ],

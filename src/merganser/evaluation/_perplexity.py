@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 from merganser.evaluation._items import chosen, read_items
 from merganser.evaluation._likelihood import language_model, likelihoods, prepared_texts
@@ -15,7 +16,7 @@ from merganser.statistics._encoding import Encoder
 from merganser.statistics._models import ModelFolder
 from merganser.statistics._records import Needs, Records
 
-__all__ = ["Perplexity"]
+__all__ = ["Perplexity", "log_likelihoods"]
 
 
 class Perplexity:
@@ -38,12 +39,16 @@ class Perplexity:
 
     def measure(self, task: Task, prepared: Prepared, subject: Subject) -> Outcomes:
         """Score every token."""
-        sums, counts = likelihoods(task, prepared, subject)
-        total, tokens = math.fsum(sums), sum(counts)
-        return Outcomes(
-            "log_likelihood",
-            tuple(s / c for s, c in zip(sums, counts, strict=True)),
-            weights=tuple(map(float, counts)),
-            others={"perplexity": math.exp(min(700.0, -total / tokens)), "tokens": float(tokens)},
-            proportion=False,
-        )
+        return log_likelihoods(*likelihoods(task, prepared, subject))
+
+
+def log_likelihoods(sums: Sequence[float], counts: Sequence[int]) -> Outcomes:
+    """The outcomes of texts, from the log-likelihood and the number of tokens of each."""
+    total, tokens = math.fsum(sums), sum(counts)
+    return Outcomes(
+        "log_likelihood",
+        tuple(s / c for s, c in zip(sums, counts, strict=True)),
+        weights=tuple(map(float, counts)),
+        others={"perplexity": math.exp(min(700.0, -total / tokens)), "tokens": float(tokens)},
+        proportion=False,
+    )

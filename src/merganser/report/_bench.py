@@ -69,7 +69,7 @@ def _tables(summary: Sequence[Record]) -> tuple[Table, ...]:
         return ()
     rows = []
     for row in sorted(summary, key=_rank, reverse=True):
-        held_in, held_out, seconds = row.record("held_in"), row.record("held_out"), row.record("seconds")
+        held_in, seconds = row.record("held_in"), row.record("seconds")
         low, high = held_in.interval()
         rows.append(
             (
@@ -82,7 +82,8 @@ def _tables(summary: Sequence[Record]) -> tuple[Table, ...]:
                 high,
                 held_in.number("spread"),
                 100 * row.record("held_in_normalised").number("mean"),
-                held_out.number("mean"),
+                row.record("held_out").number("mean"),
+                row.record("composition").number("mean"),
                 seconds.number("statistics"),
                 seconds.number("merge"),
                 seconds.number("tuning"),
@@ -91,7 +92,7 @@ def _tables(summary: Sequence[Record]) -> tuple[Table, ...]:
         )
     columns: tuple[str, ...]
     columns = ("row", "kind", "uses", "tuned", "held in", "lowest", "highest", "spread over seeds", "% of experts")
-    columns += ("held out", "statistics, s", "merge, s", "tuning, s", "seeds")
+    columns += ("held out", "composition", "statistics, s", "merge, s", "tuning, s", "seeds")
     return (Table("All rows, best first", columns, tuple(rows)),)
 
 

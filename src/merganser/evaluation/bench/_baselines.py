@@ -12,20 +12,23 @@ from merganser.evaluation._classification import accuracy
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._heads import pooled
 from merganser.evaluation._outcomes import Outcomes
+from merganser.evaluation._perplexity import log_likelihoods
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation._tasks import Tasks
 from merganser.evaluation.bench._lab import Expert, Lab
 from merganser.evaluation.bench._learning import Examples, Network, distil
+from merganser.statistics._losses import IGNORED
 
-__all__ = ["distilled", "ensemble", "held_out"]
+__all__ = ["composed", "distilled", "ensemble", "held_out"]
 
 RIDGE = 0.1
 
 
 def ensemble(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
-    """Every task by the mean of the logits that its head gives on the encoders of all experts.
+    """Every task by the mean of the logits of all experts, encoders with the task's head or language models.
 
-    It costs as many forward passes as there are experts. Tasks without a linear head are left out.
+    It costs as many forward passes as there are experts. Tasks with a head that is a folder, and choices and
+    generation, are left out.
     """
     encoders = [lab.network(e.model, e.head).encoder for e in experts if e.head is not None]
     found = {}
@@ -43,7 +46,39 @@ def ensemble(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
                 right += hits
                 losses += more
         found[expert.task] = Outcomes("accuracy", tuple(right), others={"loss": sum(losses) / len(losses)})
+    return found | _ensemble_of_language_models(lab, experts)
+
+
+def _ensemble_of_language_models(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
+    """The log-likelihoods of the texts of tasks without a head."""
+    tasks = [e.task for e in experts if e.head is None and lab.entry(e.task).kind == "perplexity"]
+    networks = [lab.network(e.model, None) for e in experts if e.head is None] if tasks else []
+    found = {}
+    for task in tasks:
+        sums: list[float] = []
+        counts: list[int] = []
+        with torch.inference_mode():
+            for inputs, labels in lab.examples(task, "test", None).all(8):
+                logits = torch.stack([network(**inputs) for network in networks]).mean(0)[:, :-1]
+                losses = nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=IGNORED
+                )
+                sums += (-losses.view(len(labels), -1).double().sum(1)).tolist()
+                counts += (labels[:, 1:] != IGNORED).sum(1).tolist()
+        found[task] = log_likelihoods(sums, counts)
     return found
+
+
+def composed(lab: Lab, model: Mapping[str, torch.Tensor] | str, experts: Sequence[Expert]) -> dict[str, Outcomes]:
+    """Compositional generalisation: tasks that the head of one of these experts answers, on data of another kind."""
+    heads = {e.task: e.head for e in experts}
+    tasks = tuple(
+        lab.task(name, "test", heads[entry.answers])
+        for name, entry in lab.settings.composition.items()
+        if entry.answers in heads
+    )
+    results = Evaluator(Tasks(tasks, lab.base, lab.settings.batch_norm))(model).results if tasks else {}
+    return {name: result.outcomes for name, result in results.items()}
 
 
 def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from merganser.evaluation._tuned import described
 from merganser.evaluation.bench._lab import Expert
 from merganser.evaluation.bench._pretraining import prepared_lab
 from merganser.evaluation.bench._results import document, finished_row
-from merganser.evaluation.bench._rows import Measured, baseline_row, collected, merge_row, needs_statistics
+from merganser.evaluation.bench._rows import Measured, baseline_row, collected, merge_row, needs_statistics, walks
 from merganser.evaluation.bench._schema import MethodEntry
 from merganser.evaluation.bench._store import key, read_json, write_json
 from merganser.evaluation.bench._suite import Suite, method_id, read_suite
@@ -86,11 +86,13 @@ class _Run:
         files = self._statistics(experts, seed)
         for entry in self._settings.methods:
             self._merge(entry, experts, files, seed, own)
-        for count in self._settings.counts.models:
-            for draw in range(self._settings.counts.draws):
+        counts = self._settings.counts
+        swept = counts.seeds is None or self._settings.seeds.index(seed) < counts.seeds
+        for count in counts.models if swept else []:
+            for draw in range(counts.draws):
                 chosen = random.Random(f"{count}/{draw}").sample(range(len(experts)), min(count, len(experts)))
                 some = [experts[index] for index in sorted(chosen)]
-                for name in self._settings.counts.methods:
+                for name in counts.methods:
                     self._merge(self._suite.methods[name], some, files, seed, own, draw=draw)
 
     def _statistics(self, experts: Sequence[Expert], seed: int) -> dict[str, Measured]:
@@ -149,7 +151,7 @@ class _Run:
             "method": entry.method,
             "options": entry.options,
             "tuned": bool(entry.search) and draw is None,
-            "data": "labelled" if labelled else "unlabelled" if reads else "none",
+            "data": "labelled" if labelled else "unlabelled" if reads or walks(entry) else "none",
             "draw": draw,
         }
         self._rows.append(finished_row(row, found, own))
@@ -177,6 +179,7 @@ class _Run:
             "statistics",
             "merge",
             "held_out",
+            "composition",
             "baseline_training",
             "pooling",
             "max_length",
@@ -214,8 +217,8 @@ class _Run:
         """The tasks, as the document names them."""
         if self._tasks or experts is None:
             return
-        for role, group in (("held_in", self._settings.tasks), ("held_out", self._settings.held_out)):
-            for name, entry in group.items():
+        for role, key_ in (("held_in", "tasks"), ("held_out", "held_out"), ("composition", "composition")):
+            for name, entry in getattr(self._settings, key_).items():
                 score = experts["scores"].get(name, {})
                 classes = None
                 if entry.kind in ("classification", "image"):

@@ -71,7 +71,7 @@ class Lab:
 
     def entry(self, name: str) -> SuiteTask:
         """A task of the suite, held out or not."""
-        return {**self.settings.tasks, **self.settings.held_out}[name]
+        return {**self.settings.tasks, **self.settings.held_out, **self.settings.composition}[name]
 
     def parts(self, name: str) -> dict[str, Path]:
         """The files of a task's parts."""

@@ -17,6 +17,9 @@ from merganser.evaluation.bench._suite import Suite
 
 __all__ = ["document", "finished_row"]
 
+_OTHERS = ("held_out", "composition")
+"""Groups of tasks without experts of their own."""
+
 
 def finished_row(
     row: Mapping[str, Any], found: Mapping[str, Any] | None, experts: Mapping[str, float]
@@ -29,15 +32,15 @@ def finished_row(
         experts: the score of each task's expert.
     """
     if found is None:
-        return {**row, "scores": {}, "held_in": None, "held_out": None, "cost": None, "search": None}
+        return {**row, "scores": {}, "held_in": None, **dict.fromkeys(_OTHERS), "cost": None, "search": None}
     scores = {name: _score(score, experts.get(name)) for name, score in found["scores"].items()}
-    others = {name: _score(score, None) for name, score in (found["held_out"] or {}).items()}
+    others = {group: {name: _score(s, None) for name, s in found.get(group, {}).items()} for group in _OTHERS}
     return {
         **row,
         "options": found["options"],
-        "scores": {**scores, **others},
+        "scores": {**scores, **{name: score for group in others.values() for name, score in group.items()}},
         "held_in": _mean(found["scores"], scores),
-        "held_out": _mean(found["held_out"], others) if found["held_out"] else None,
+        **{group: _mean(found.get(group, {}), others[group]) for group in _OTHERS},
         "cost": found["cost"],
         "search": found["search"],
     }
@@ -103,7 +106,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], *keys: str) -> dict[Any, list[Ma
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = rows[0]
-    out = [row["held_out"] for row in rows if row["held_out"] is not None]
+    others = {group: [row[group] for row in rows if row[group] is not None] for group in _OTHERS}
     ratios = [row["held_in"]["normalised"] for row in rows if row["held_in"]["normalised"] is not None]
     seconds = {part: statistics.fmean(row["cost"][part]["seconds"] for row in rows) for part in first["cost"]}
     return {
@@ -111,7 +114,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seeds": len(rows),
         "held_in": _over_seeds([row["held_in"] for row in rows]),
         "held_in_normalised": {"mean": statistics.fmean(ratios), "spread": _spread(ratios)} if ratios else None,
-        "held_out": _over_seeds(out) if out else None,
+        **{group: _over_seeds(means) if means else None for group, means in others.items()},
         "seconds": seconds,
     }
 

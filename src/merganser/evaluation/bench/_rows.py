@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from merganser.engine import make_plan, resolve, to_memory
+from merganser.engine import make_plan, merge, resolve, to_memory
 from merganser.errors import Place, RecipeError
 from merganser.evaluation._cost import Cost, Meter
 from merganser.evaluation._outcomes import Outcomes
 from merganser.evaluation._space import space_of
 from merganser.evaluation._tuning import Tuning, tune_recipe
-from merganser.evaluation.bench._baselines import distilled, ensemble, held_out
+from merganser.evaluation.bench._baselines import composed, distilled, ensemble, held_out
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._lab import Expert, Lab
 from merganser.evaluation.bench._schema import MethodEntry
 from merganser.methods import create_method
+from merganser.methods._sequential import Sequential
 from merganser.recipe import Recipe, simple_recipe
 from merganser.statistics import TABLES
 from merganser.statistics._settings import parse_kinds
@@ -38,9 +39,17 @@ class Measured:
     cost: Cost
 
 
+def walks(entry: MethodEntry) -> bool:
+    """Whether a method merges layer by layer, on the inputs of the statistics."""
+    return isinstance(create_method(entry.method, entry.options), Sequential)
+
+
 def needs_statistics(entry: MethodEntry, models: int) -> bool:
     """Whether a method reads statistics."""
-    return bool(create_method(entry.method, entry.options).requires(models) & set(TABLES))
+    method = create_method(entry.method, entry.options)
+    if isinstance(method, Sequential):
+        return method.curved
+    return bool(method.requires(models) & set(TABLES))
 
 
 def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
@@ -57,6 +66,8 @@ def merge_row(
 ) -> dict[str, Any]:
     """A merge: its options, scores on held-in and held-out tasks, and cost, as plain data."""
     _check_kinds(lab, entry, len(experts))
+    if walks(entry):
+        return _walked_row(lab, entry, experts, measured, seed)
     recipe = _recipe(lab, entry, experts, measured, seed)
     costs = {"statistics": measured.cost, "merge": Cost(), "tuning": Cost()}
     judge = lab.evaluator("validation", experts)
@@ -82,6 +93,26 @@ def merge_row(
     return {**_scored(lab, state, experts), "options": options, "search": search, "cost": _plain(costs)}
 
 
+def _walked_row(
+    lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int
+) -> dict[str, Any]:
+    """A merge layer by layer. Its inputs are those of the statistics, without labels."""
+    modules = [lab.network(e.model, e.head).encoder for e in experts]
+    base = lab.network(str(lab.base), experts[0].head).encoder
+    data = [[inputs for inputs, _ in lab.examples(e.task, "statistics", e.head).all(16)] for e in experts]
+    files = [str(file) for file in measured.files] or None
+    with Meter() as meter, FlopCounter() as counter:
+        found = merge(modules, base=base, method=entry.method, statistics=files, data=data, seed=seed, **entry.options)
+    state = {name: found[name] for name in lab.names if name in found}
+    written = sum(t.numel() * t.element_size() for t in state.values())
+    costs = {
+        "statistics": measured.cost,
+        "merge": dataclasses.replace(meter.cost, bytes=written, flops=counter.total),
+        "tuning": Cost(),
+    }
+    return {**_scored(lab, state, experts), "options": dict(entry.options), "search": None, "cost": _plain(costs)}
+
+
 def _check_kinds(lab: Lab, entry: MethodEntry, models: int) -> None:
     """Refuse a method whose statistics the suite does not collect: without them it would average.
 
@@ -104,9 +135,9 @@ def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> d
     with Meter() as meter:
         if name == "experts":
             found = {e.task: lab.evaluator("test", [e])(e.model).results[e.task].outcomes for e in experts}
-            row = {"scores": _summaries(found), "held_out": None}
+            row = {"scores": _summaries(found)}
         elif name == "ensemble":
-            row = {"scores": _summaries(ensemble(lab, experts)), "held_out": None}
+            row = {"scores": _summaries(ensemble(lab, experts))}
         elif name == "base":
             row = _scored(lab, str(lab.base), experts)
         elif name == "multitask":
@@ -155,8 +186,11 @@ def _searched(found: Tuning) -> dict[str, Any]:
 def _scored(lab: Lab, model: State | str, experts: Sequence[Expert]) -> dict[str, Any]:
     """What a model scores on the tasks of some experts, and on the held-out ones."""
     results = lab.evaluator("test", experts)(model).results
-    more = _summaries(held_out(lab, model)) if lab.settings.held_out else None
-    return {"scores": _summaries({n: r.outcomes for n, r in results.items()}), "held_out": more}
+    return {
+        "scores": _summaries({n: r.outcomes for n, r in results.items()}),
+        "held_out": _summaries(held_out(lab, model)),
+        "composition": _summaries(composed(lab, model, experts)),
+    }
 
 
 def _summaries(found: Mapping[str, Outcomes]) -> dict[str, Any]:

@@ -38,6 +38,12 @@ class SuiteTask(Strict):
     head: StrictStr | None = Field(default=None, description="Its head, as in a task file.")
 
 
+class ComposedTask(SuiteTask):
+    """A task that the head of another answers: its data combine what the experts have seen apart."""
+
+    answers: StrictStr = Field(description="The held-in task whose expert's head answers.")
+
+
 class Splits(Strict):
     """Examples (or windows of a plain text) per task; what neither tests nor measures nor validates, trains."""
 
@@ -96,6 +102,7 @@ class Counts(Strict):
     models: list[StrictInt] = Field(default=[], description="How many models.")
     draws: StrictInt = Field(default=3, ge=1)
     methods: list[StrictStr] = Field(default=[], description="Ids of rows that are not tuned.")
+    seeds: StrictInt | None = Field(default=None, ge=1, description="Only for the first so many seeds. [default: all]")
 
 
 class MergeKeys(Strict):
@@ -113,6 +120,7 @@ class SuiteFile(Strict):
     base: BaseEntry
     tasks: dict[StrictStr, SuiteTask] = Field(min_length=2)
     held_out: dict[StrictStr, SuiteTask] = Field(default={}, description="Tasks without an expert in the merge.")
+    composition: dict[StrictStr, ComposedTask] = Field(default={}, description="Compositional generalisation.")
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     max_length: StrictInt = Field(default=64, ge=2)
     batch_size: StrictInt = Field(default=64, ge=1, description="Examples per batch of an evaluation.")

@@ -113,7 +113,7 @@ def _check(suite: Suite, document: Document) -> None:
     for name in settings.counts.methods:
         if name not in ids:
             raise fault(f"there is no method with the id `{name}`", "counts", "methods", fix=suggestion(name, ids))
-    for group in ("tasks", "held_out"):
+    for group in ("tasks", "held_out", "composition"):
         for name, task in getattr(settings, group).items():
             one_file = task.kind in ("image", "perplexity")
             if one_file and task.data is None:
@@ -123,6 +123,10 @@ def _check(suite: Suite, document: Document) -> None:
             trains = task.train is not None or one_file
             if group == "tasks" and task.expert is None and (not trains or task.kind in ("choice", "generation")):
                 raise fault(f"`{name}` has no `expert`, and cannot be trained here", group, name)
+    for name, composed in settings.composition.items():
+        if composed.answers not in settings.tasks:
+            fix = suggestion(composed.answers, settings.tasks)
+            raise fault(f"there is no task `{composed.answers}`", "composition", name, "answers", fix=fix)
     too_many = [count for count in settings.counts.models if not 2 <= count <= len(settings.tasks)]
     if too_many:
         raise fault(f"{too_many[0]} models cannot be drawn from {len(settings.tasks)}", "counts", "models")
