@@ -160,6 +160,22 @@ def test_text_output_has_everything(tmp_path: Path, cli: Cli) -> None:
     assert "[docs/results-lm.md]" in out  # a language model
 
 
+def test_suggested_commands_have_only_known_options(tmp_path: Path, cli: Cli) -> None:
+    write_model(tmp_path / "base", BASE)
+    models = [write_model(tmp_path / name, moved(BASE, seed)) for seed, name in enumerate(("a", "my b"), 1)]
+    found = {s.needs: s.commands for s in mg.advise(models, base=tmp_path / "base").suggestions}
+    verbs = {needs: [shlex.split(line)[1] for line in lines] for needs, lines in found.items()}
+    assert verbs == {
+        "none": ["merge"],
+        "unlabelled": ["collect", "collect", "merge"],
+        "labelled": ["collect"] * 2 + ["tune"],
+    }
+    for line in {line for lines in found.values() for line in lines}:
+        _, verb, *words = shlex.split(line)
+        known = cli(verb, "--help").succeeded().out
+        assert not [word for word in words if word.startswith("--") and word not in known], line
+
+
 @pytest.mark.parametrize("key", CLAIMS)
 def test_quoted_figures_stand_in_their_documents(key: str) -> None:
     claim = CLAIMS[key]

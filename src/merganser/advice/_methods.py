@@ -144,14 +144,14 @@ def suggest(situation: Situation, models: Sequence[Any], base: Any) -> tuple[Sug
             "inputs of every task, without labels",
             ("mats", "regmean"),
             _claims(f"{kind}-inputs", "sampled"),
-            command.matched("sampled"),
+            command.matched(),
         ),
         Suggestion(
             "labelled",
             "labelled examples of every task",
             ("mats", "task_arithmetic"),
             _claims(f"{kind}-labels"),
-            command.matched("empirical"),
+            command.tuned(),
         ),
     )
 
@@ -170,19 +170,33 @@ class _Commands:
         self._tail = ["--heads", "exclude"] if situation.heads == "exclude" else []
         self._tail += ["--dtype", situation.dtype] if situation.dtype is not None else []
 
-    def merge(self, method: str, statistics: Sequence[str] = ()) -> tuple[str, ...]:
+    def merge(self, method: str) -> tuple[str, ...]:
         """One merge."""
+        return (self._line("merge", method, ()),) if self._known else ()
+
+    def matched(self) -> tuple[str, ...]:
+        """Statistics of every model with labels that it draws itself, and MaTS with them."""
         if not self._known:
             return ()
-        words = ["merganser", "merge", "-m", method, "--base", self._base, *self._models]
+        files, collected = self._collected("sampled")
+        return (*collected, self._line("merge", "mats", files))
+
+    def tuned(self) -> tuple[str, ...]:
+        """Statistics of every model with the given labels, and MaTS with the best of a few options."""
+        if not self._known:
+            return ()
+        files, collected = self._collected("empirical")
+        search = ("--search", "iterations=1,2,5,10,15", "--search", "damping=0.03,0.1,0.3", "--sampler", "grid")
+        return (*collected, self._line("tune", "mats", files, *search, "--tasks", "validation.yml"))
+
+    def _line(self, verb: str, method: str, statistics: Sequence[str], *more: str) -> str:
+        words = ["merganser", verb, "-m", method, "--base", self._base, *self._models]
         for file in statistics:
             words += ["--statistics", file]
-        return (shlex.join([*words, *self._tail, "-o", "merged"]),)
+        return shlex.join([*words, *more, *self._tail, "-o", "merged"])
 
-    def matched(self, estimator: str) -> tuple[str, ...]:
-        """Statistics of every model, and MaTS with them."""
-        if not self._known:
-            return ()
+    def _collected(self, estimator: str) -> tuple[list[str], list[str]]:
+        """The statistics files of the models, and the commands that make them."""
         stems: list[str] = []
         for model in self._models:
             stem = Path(model).resolve().name or "model"
@@ -194,4 +208,4 @@ class _Commands:
             )
             for model, stem, file in zip(self._models, stems, files, strict=True)
         ]
-        return (*collected, *self.merge("mats", files))
+        return files, collected
