@@ -29,6 +29,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "average"},
     {"method": "task_arithmetic", "search": {"scale": [0.2, 0.5, 1.0]}},
     {"method": "mats", "options": {"iterations": 3}},
+    {"method": "emr"},
     {"method": "output_matching"},
     {"method": "sequential_mats", "options": {"iterations": 3}},
 ]
@@ -82,7 +83,7 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert [t["role"] for t in found["tasks"]] == [*["held_in"] * 3, "held_out", "composition"]
     rows = {(row["id"], row["seed"], row["draw"]): row for row in found["rows"]}
     names = ["experts", "base", "multitask", "ensemble", "distillation", "average", "task_arithmetic-tuned", "mats"]
-    names += ["output_matching", "sequential_mats"]
+    names += ["emr", "output_matching", "sequential_mats"]
     assert [row["id"] for row in found["summary"]] == names
     for name in names:
         for seed in (0, 1):
@@ -92,7 +93,7 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
             assert row["held_in"]["value"] == pytest.approx(sum(s["value"] for s in scores) / 3)
             low, high = row["held_in"]["interval"]
             assert low <= row["held_in"]["value"] <= high
-            if name not in ("experts", "ensemble"):
+            if name not in ("experts", "ensemble", "emr"):  # several models
                 assert row["held_out"]["value"] == row["scores"]["four"]["value"]
                 assert row["composition"]["value"] == row["scores"]["five"]["value"]
     experts = rows["experts", 0, None]
@@ -108,6 +109,7 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert mats["cost"]["statistics"]["seconds"] > 0 < mats["cost"]["statistics"]["bytes"]
     assert mats["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"] > 0
     assert rows["average", 0, None]["cost"]["statistics"]["seconds"] == 0
+    assert rows["emr", 0, None]["held_in"]["value"] > rows["average", 0, None]["held_in"]["value"]
     walked = rows["output_matching", 0, None]
     assert (walked["data"], walked["cost"]["statistics"]["seconds"]) == ("unlabelled", 0)
     assert walked["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"]

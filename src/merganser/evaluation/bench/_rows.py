@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from merganser.engine import make_plan, merge, resolve, to_memory
+from merganser.engine import in_memory, make_plan, merge, resolve
 from merganser.errors import Place, RecipeError
 from merganser.evaluation._cost import Cost, Meter
 from merganser.evaluation._outcomes import Outcomes
@@ -87,10 +87,14 @@ def merge_row(
     with Meter() as meter:
         plan = make_plan(recipe, threads=1, max_memory=None)  # which may measure the machine's speed: not counted
         with FlopCounter() as counter:
-            state = to_memory(plan)
-    written = sum(t.numel() * t.element_size() for t in state.values())
+            states, _ = in_memory(plan)
+    written = sum(t.numel() * t.element_size() for state in states for t in state.values())
     costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
-    return {**_scored(lab, state, experts), "options": options, "search": search, "cost": _plain(costs)}
+    if recipe.constant_method().outputs(len(experts)) == tuple(range(len(experts))):
+        scores = {"scores": _summaries(_each_its_own(lab, states, experts))}
+    else:
+        scores = _scored(lab, states[0], experts)
+    return {**scores, "options": options, "search": search, "cost": _plain(costs)}
 
 
 def _walked_row(
@@ -134,8 +138,7 @@ def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> d
     """What is no merge: its scores, and the cost of making it (as that of a merge), as plain data."""
     with Meter() as meter:
         if name == "experts":
-            found = {e.task: lab.evaluator("test", [e])(e.model).results[e.task].outcomes for e in experts}
-            row = {"scores": _summaries(found)}
+            row = {"scores": _summaries(_each_its_own(lab, [str(e.model) for e in experts], experts))}
         elif name == "ensemble":
             row = {"scores": _summaries(ensemble(lab, experts))}
         elif name == "base":
@@ -190,6 +193,14 @@ def _scored(lab: Lab, model: State | str, experts: Sequence[Expert]) -> dict[str
         "scores": _summaries({n: r.outcomes for n, r in results.items()}),
         "held_out": _summaries(held_out(lab, model)),
         "composition": _summaries(composed(lab, model, experts)),
+    }
+
+
+def _each_its_own(lab: Lab, models: Sequence[State | str], experts: Sequence[Expert]) -> dict[str, Outcomes]:
+    """What each model scores on the task of the expert at its place."""
+    return {
+        e.task: lab.evaluator("test", [e])(model).results[e.task].outcomes
+        for e, model in zip(experts, models, strict=True)
     }
 
 
