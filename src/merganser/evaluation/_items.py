@@ -56,7 +56,7 @@ def read_items(task: Task, labels: Labels | None) -> Items:
         InputError: E0414 to E0417, with the line.
     """
     needs = Needs(labels=labels, target=task.kind == "generation", choices=task.kind == "choice")
-    records = Records(task.data, needs, plain=False)
+    records = Records(task.data, needs, plain=False, split=task.split, columns=task.columns)
     records.scan()
     excluded: set[str] = set()
     for file in task.exclude:

@@ -25,7 +25,7 @@ class Perplexity:
     def prepare(self, task: Task, home: ModelFolder | None) -> Prepared:
         """Read and tokenize the text; a window has ``max_length`` tokens, of which the first is context alone."""
         encoder = Encoder(language_model(task, home), task.max_length)
-        records = Records(task.data, Needs(), plain=True)
+        records = Records(task.data, Needs(), plain=True, split=task.split, columns=task.columns)
         if not records.is_text:
             items = read_items(task, None)
             encoded = [encoder.encode(example, task.data) for example in items.examples]

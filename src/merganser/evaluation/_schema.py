@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 __all__ = ["KINDS", "Strict", "TaskEntry", "TaskFile"]
 
 Kind = Literal["classification", "choice", "perplexity", "image", "generation"]
-_TEXT = frozenset({"max_length", "exclude"})
+_TEXT = frozenset({"max_length", "exclude", "split", "columns"})
 KINDS: dict[str, frozenset[str]] = {
     "classification": _TEXT | {"head", "pooling", "labels"},
     "choice": _TEXT | {"normalise"},
@@ -30,7 +30,12 @@ class TaskEntry(Strict):
     """One task: what is measured, on which data."""
 
     kind: Kind = Field(description="What is measured.")
-    data: StrictStr = Field(description="JSON lines, gzipped or not; plain text for perplexity; npz for images.")
+    data: StrictStr = Field(
+        description="JSON lines, gzipped or not, or a data set; plain text for perplexity; npz for images."
+    )
+    columns: dict[Literal["text", "text_b", "label", "target", "choices"], StrictStr] = Field(
+        default={}, description="For fields the columns of a data set that hold them."
+    )
     head: StrictStr | None = Field(default=None, description="A linear head's file, or a fine-tuned model's folder.")
     pooling: Literal["mean", "cls", "pooler"] = Field(default="mean", description="What a head's file reads.")
     expert: StrictStr | StrictFloat | StrictInt | None = Field(
@@ -44,7 +49,7 @@ class TaskEntry(Strict):
     max_length: StrictInt = Field(default=512, ge=2, description="Tokens per example.")
     batch_size: StrictInt = Field(default=32, ge=1, description="Examples per batch.")
     normalise: StrictBool = Field(default=False, description="Divide log-likelihoods by the number of tokens.")
-    split: Literal["test", "train"] = Field(default="test", description="The part of an npz file.")
+    split: StrictStr = Field(default="test", description="The part of a data set, or of an npz file (test or train).")
     max_new_tokens: StrictInt = Field(default=32, ge=1, description="Tokens that are generated at most.")
     stop: StrictStr | None = Field(default=None, min_length=1, description="Text at which an answer ends.")
 

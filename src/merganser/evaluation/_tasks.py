@@ -36,6 +36,7 @@ class Task:
     batch_size: int
     normalise: bool
     split: str
+    columns: Mapping[str, str]
     max_new_tokens: int
     stop: str | None
 
@@ -129,6 +130,7 @@ def _task(name: str, entry: TaskEntry, document: Document, path: tuple[str | int
         batch_size=entry.batch_size,
         normalise=entry.normalise,
         split=entry.split,
+        columns=dict(entry.columns.items()),
         max_new_tokens=entry.max_new_tokens,
         stop=entry.stop,
     )

@@ -1,4 +1,4 @@
-"""Data files: JSON lines or plain text, gzipped or not, checked line by line before any model is loaded.
+"""Data files: JSON lines or plain text, gzipped or not, or data sets; checked before any model is loaded.
 
 A JSON line is an object with ``text`` (and ``text_b`` for pairs) or ``input_ids``, and what the task needs besides:
 ``label`` for classification, ``target`` for sequence-to-sequence models (optional for language models, whose loss then
@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 
 from merganser.checkpoint._files import open_regular
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, nearest
+from merganser.statistics._datasets import dataset_lines, is_dataset
 
 __all__ = ["Example", "Labels", "Needs", "Records"]
 
@@ -70,15 +71,27 @@ class Records:
     """The examples of a file. Each pass reads the file again; nothing is held in memory.
 
     Args:
-        path: the file.
+        path: the file, or a data set of the `datasets` library.
         needs: what examples must have.
         plain: whether plain text is of use; it is for language models.
+        split: the part of a data set.
+        columns: for fields the columns of a data set.
     """
 
-    def __init__(self, path: str | os.PathLike[str], needs: Needs, *, plain: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        needs: Needs,
+        *,
+        plain: bool,
+        split: str = "test",
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self._needs = needs
-        head = self._peek()
+        self._split, self._columns = split, columns or {}
+        self._is_dataset = is_dataset(self.path)
+        head = b"{" if self._is_dataset else self._peek()
         stem = self.path.name.lower().removesuffix(".gz")
         self.is_text = not stem.endswith((".jsonl", ".json", ".ndjson")) and not head.lstrip(
             b"\xef\xbb\xbf \t\r\n"
@@ -164,6 +177,9 @@ class Records:
             ) from None
 
     def _lines(self) -> Iterator[tuple[int, str]]:
+        if self._is_dataset:
+            yield from dataset_lines(self.path, self._split, self._columns)
+            return
         number = 0
         with self._open() as stream:
             while True:

@@ -107,6 +107,7 @@ class Lab:
             batch_size=settings.batch_size if entry.kind in ("classification", "image") else 8,
             normalise=False,
             split="test",
+            columns={},
             max_new_tokens=32,
             stop=None,
         )
