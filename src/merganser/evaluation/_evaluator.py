@@ -17,6 +17,7 @@ from merganser.errors import InputError, MerganserError, NumericError
 from merganser.evaluation._choice import Choice
 from merganser.evaluation._classification import Classification
 from merganser.evaluation._generation import Generation
+from merganser.evaluation._harness import Harness
 from merganser.evaluation._image import ImageClassification, config_of, image_batches
 from merganser.evaluation._items import read_images
 from merganser.evaluation._outcomes import Evaluation, TaskResult
@@ -33,6 +34,7 @@ _KINDS: Mapping[str, Callable[[], Kind]] = {
     "classification": Classification,
     "choice": Choice,
     "perplexity": Perplexity,
+    "lm_eval": Harness,
     "image": ImageClassification,
     "generation": Generation,
 }

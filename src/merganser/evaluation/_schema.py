@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 __all__ = ["KINDS", "Strict", "TaskEntry", "TaskFile"]
 
-Kind = Literal["classification", "choice", "perplexity", "image", "generation"]
+Kind = Literal["classification", "choice", "perplexity", "image", "generation", "lm_eval"]
 _TEXT = frozenset({"max_length", "exclude", "split", "columns"})
 KINDS: dict[str, frozenset[str]] = {
     "classification": _TEXT | {"head", "pooling", "labels"},
@@ -16,6 +16,7 @@ KINDS: dict[str, frozenset[str]] = {
     "perplexity": _TEXT,
     "image": frozenset({"head", "pooling", "split"}),
     "generation": _TEXT | {"max_new_tokens", "stop"},
+    "lm_eval": frozenset({"shots", "metric"}),
 }
 """For every kind of task, the keys that not all kinds have."""
 
@@ -31,7 +32,8 @@ class TaskEntry(Strict):
 
     kind: Kind = Field(description="What is measured.")
     data: StrictStr = Field(
-        description="JSON lines, gzipped or not, or a data set; plain text for perplexity; npz for images."
+        description="JSON lines, gzipped or not, or a data set; plain text for perplexity; npz for images; a YAML file "
+        "of lm-evaluation-harness."
     )
     columns: dict[Literal["text", "text_b", "label", "target", "choices"], StrictStr] = Field(
         default={}, description="For fields the columns of a data set that hold them."
@@ -52,6 +54,8 @@ class TaskEntry(Strict):
     split: StrictStr = Field(default="test", description="The part of a data set, or of an npz file (test or train).")
     max_new_tokens: StrictInt = Field(default=32, ge=1, description="Tokens that are generated at most.")
     stop: StrictStr | None = Field(default=None, min_length=1, description="Text at which an answer ends.")
+    shots: StrictInt | None = Field(default=None, ge=0, description="Examples in the prompt. [default: the task's]")
+    metric: StrictStr | None = Field(default=None, description="The metric that counts. [default: the first]")
 
 
 class TaskFile(Strict):

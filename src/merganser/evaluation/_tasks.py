@@ -39,6 +39,8 @@ class Task:
     columns: Mapping[str, str]
     max_new_tokens: int
     stop: str | None
+    shots: int | None
+    metric: str | None
 
     @property
     def place(self) -> Place:
@@ -133,4 +135,6 @@ def _task(name: str, entry: TaskEntry, document: Document, path: tuple[str | int
         columns=dict(entry.columns.items()),
         max_new_tokens=entry.max_new_tokens,
         stop=entry.stop,
+        shots=entry.shots,
+        metric=entry.metric,
     )

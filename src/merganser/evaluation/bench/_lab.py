@@ -110,6 +110,8 @@ class Lab:
             columns={},
             max_new_tokens=32,
             stop=None,
+            shots=None,
+            metric=None,
         )
 
     def evaluator(self, part: str, experts: Sequence[Expert], scores: Mapping[str, float] | None = None) -> Evaluator:
