@@ -25,7 +25,7 @@ from benchmarks.text_family import report
 from benchmarks.text_family.data import FOLDER, Sizes, Task, novel_paragraphs, random_tokens, read_tasks
 from benchmarks.text_family.family import Say, Settings, fine_tune, measure
 from benchmarks.text_family.results import Bench
-from benchmarks.text_family.rows import GOLD, NOVEL, SAMPLED, TOKENS, Row, quick_rows, rows, task_arithmetic
+from benchmarks.text_family.rows import EXACT, GOLD, NOVEL, SAMPLED, TOKENS, Row, quick_rows, rows, task_arithmetic
 
 CACHE = Path(".cache") / "text_family"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -79,11 +79,12 @@ def main() -> None:
 
 def _statistics(tasks: list[Task], experts: list[Expert], say: Say) -> dict[str, list[Path]]:
     """The experts' statistics on their own tasks' inputs, by where the labels come from."""
-    found: dict[str, list[Path]] = {GOLD: [], SAMPLED: []}
+    found: dict[str, list[Path]] = {GOLD: [], SAMPLED: [], EXACT: []}
     for task, expert in zip(tasks, experts, strict=True):
         ids = task.statistics.ids
         found[GOLD].append(measure(expert, ids, task.statistics.targets, ("kfac", "fisher"), CACHE, say))
-        found[SAMPLED].append(measure(expert, ids, SAMPLED, ("kfac",), CACHE, say))
+        for labels in (SAMPLED, EXACT):
+            found[labels].append(measure(expert, ids, labels, ("kfac",), CACHE, say))
     return found
 
 

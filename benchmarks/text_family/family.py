@@ -28,7 +28,7 @@ _PREFIX = "encoder."
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How every expert is fine-tuned: all weights, AdamW, rates that rise and fall linearly, clipped gradients.
+    """How every expert is fine-tuned: all weights, AdamW, rates that fall linearly to 0.
 
     The head starts from noise. At the encoder's rate it would stay near it, and the encoder would turn its features to
     a random direction per task: experts as good, but far apart. Constant rates leave them less accurate and farther
@@ -40,8 +40,6 @@ class Settings:
     batch: int = 16
     rate: float = 1e-4
     head_rate: float = 1e-3
-    warmup: float = 0.1
-    clip: float = 1.0
     dropout: bool = True
     max_tokens: int = MAX_TOKENS
     seed: int = 0
@@ -65,17 +63,13 @@ def _train(task: Task, base: Path, folder: Path, settings: Settings) -> float:
     head = nn.Linear(encoder.config.hidden_size, task.classes)
     groups = [{"params": encoder.parameters()}, {"params": head.parameters(), "lr": settings.head_rate}]
     optimizer = torch.optim.AdamW(groups, lr=settings.rate, fused=True)
-    first = max(1, round(settings.warmup * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / first) * (1 - step / settings.steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
     targets = torch.tensor(task.train.targets)
     encoder.train(settings.dropout)
     for batch in islice(batches(task.train.ids, settings.batch, f"{task.name}/{settings.seed}"), settings.steps):
         logits = head(pooled(encoder, [task.train.ids[index] for index in batch]))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(nn.functional.cross_entropy(logits, targets[batch]))
-        nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], settings.clip)
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - began

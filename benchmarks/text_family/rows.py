@@ -14,7 +14,7 @@ import merganser as mg
 
 Tensors = dict[str, torch.Tensor]
 
-GOLD, SAMPLED, NOVEL, TOKENS = "gold", "sampled", "novel", "tokens"
+GOLD, SAMPLED, EXACT, NOVEL, TOKENS = "gold", "sampled", "exact", "novel", "tokens"
 """Statistics by where labels and inputs come from. The inputs of the last two are not those of any task."""
 
 PLAIN: Mapping[str, Any] = {"normalize": "none", "damping": 0.0, "preconditioner": "none"}
@@ -55,6 +55,9 @@ def rows() -> list[Row]:
         *_without_iterations(),
         ekron(GOLD, 0.1, 1, 5, 15),
         ekron(SAMPLED, 0.1, 1, 5, 15),
+        ekron(EXACT, 0.1, 1, 5, 15),
+        Row("MaTS plain, exact", "mats", PLAIN, EXACT, (10, 20, 40, 100)),
+        Row("MaTS trace-normalised, exact", "mats", TRACE, EXACT, (10, 20, 40)),
         Row("MaTS plain, gold", "mats", PLAIN, GOLD, (2, 5, 10, 20, 40, 100)),
         Row("MaTS plain, sampled", "mats", PLAIN, SAMPLED, (20, 50, 100, 150)),
         Row("MaTS trace-normalised, gold", "mats", TRACE, GOLD, (2, 5, 10, 20, 40)),
@@ -70,7 +73,7 @@ def quick_rows() -> list[Row]:
     return [
         *_without_iterations(),
         Row("MaTS plain, gold", "mats", PLAIN, GOLD, (1, 2)),
-        *(ekron(statistics, 0.1, 1) for statistics in (GOLD, SAMPLED, NOVEL, TOKENS)),
+        *(ekron(statistics, 0.1, 1) for statistics in (GOLD, SAMPLED, EXACT, NOVEL, TOKENS)),
     ]
 
 
