@@ -68,7 +68,11 @@ def test_merging_imports_no_modelling_library(tmp_path: Path) -> None:
         ["merge", "-m", "dare", "-b", a, b, "-o", str(tmp_path / "out")],
     )
     assert "torch" in found
-    assert not found & FORBIDDEN
+    script = "import json, sys, torch; print(json.dumps(sorted(sys.modules)))"
+    alone = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert not (found & FORBIDDEN) - set(json.loads(alone))  # torch imports dill where it is installed
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -103,7 +103,7 @@ def _opened(task: Task) -> tuple[Any, str]:
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        loaded = yaml.load(task.data.read_bytes(), _Names)
+        loaded = _Names(task.data.read_bytes()).get_single_data()
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("E0414", "the task file cannot be read", places=task.place, why=str(error)) from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("task"), str):
