@@ -82,7 +82,7 @@ class MaTS(Method, name="mats"):
         title="Match models in their task parameter subspaces (K-FAC or other metrics, conjugate gradients)",
         equation="(sum_i w_i C_i) W = sum_i w_i C_i W_i,  C_i = A_i (x) G_i",
         source="Tam, Bansal, Raffel, Merging by matching models in task parameter subspaces, 2024, arXiv:2312.04339",
-        helps="The best one-shot merge where inputs of the tasks are at hand; no label is needed: the models give their own.",
+        helps="The best one-shot merge where inputs of the tasks are at hand; the models give the labels.",
         hurts="No data at all (use ACTMat or TIES); statistics of K-FAC take in^2 + out^2 numbers per layer and model.",
         work=60,
         deviations="The released code starts iterating only above an absolute residual with older scipy, leaves "
