@@ -58,7 +58,7 @@ def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch
         start: index of the first element.
         probabilities: in [0, 1], flat, of a floating-point type.
 
-    Complexity: O(count), about 1.5 ns per element.
+    Complexity: O(count).
     """
     key = _stream_key(seed, model, name, b"merganser keep")
     draws = _philox(key, np.dtype(np.uint8), start, probabilities.numel())

@@ -37,7 +37,7 @@ def key_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def top_key(dtype: torch.dtype) -> int:
     """One more than the key of infinity: the keys of finite magnitudes lie in ``[0, top_key)``."""
-    return (0x7FF0000000000000 if dtype == torch.float64 else 0x7F800000) + 1
+    return (0x7FF0000000000000 if dtype == torch.float64 else _INFINITY) + 1
 
 
 def magnitude_keys(x: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,8 @@ def key_value(key: int, dtype: torch.dtype) -> float:
 def row_order(magnitudes: torch.Tensor) -> torch.Tensor:
     """The indices that sort each row of a matrix of magnitudes, ascending; of equal ones the first comes first.
 
-    numpy sorts floats seven times faster than torch sorts stably, and integers of 64 bits three times. So the position
-    is packed into the last bits of a float32 where those of nearly all magnitudes are zero, as in the differences of
+    numpy sorts floats, and integers of 64 bits, several times faster than torch sorts stably. So the position is
+    packed into the last bits of a float32 where those of nearly all magnitudes are zero, as in the differences of
     16-bit weights, and beside the magnitude in an integer elsewhere.
     """
     if magnitudes.dtype != torch.float32 or magnitudes.device.type != "cpu":

@@ -278,6 +278,7 @@ def test_the_suites_that_are_shipped_are_valid(file: Path, quick: bool) -> None:
         ({"methods": [{"method": "avrage"}]}, "E0304", "average"),
         ({"methods": [{"method": "ties", "options": {"densty": 1}}]}, "E0305", "density"),
         ({"methods": [{"method": "ties"}, {"method": "ties"}]}, "E0303", "id"),
+        ({"methods": [{"method": "output_matching", "search": {"ridge": [0.1, 1]}}]}, "E0303", "layer by layer"),
         ({"base": {}}, "E0303", "package"),
         ({"counts": {"models": [2], "methods": ["ties"]}}, "E0303", "ties"),
         ({"counts": {"models": [9]}}, "E0303", "9 models"),

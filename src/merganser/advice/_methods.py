@@ -162,7 +162,7 @@ def suggest(situation: Situation, models: Sequence[Any], base: Any) -> tuple[Sug
             "labelled examples of every task",
             ("mats", "task_arithmetic"),
             _claims(f"{kind}-labels"),
-            command.tuned(),
+            command.tuned("empirical" if situation.language else "exact"),
         ),
     )
 
@@ -192,11 +192,11 @@ class _Commands:
         files, collected = self._collected(estimator)
         return (*collected, self._line("merge", "mats", files))
 
-    def tuned(self) -> tuple[str, ...]:
-        """Statistics of every model with the given labels, and MaTS with the best of a few options."""
+    def tuned(self, estimator: str) -> tuple[str, ...]:
+        """Statistics of every model, and MaTS with the best of a few options on labelled examples."""
         if not self._known:
             return ()
-        files, collected = self._collected("empirical")
+        files, collected = self._collected(estimator)
         search = ("--search", "iterations=1,2,5,10,15", "--search", "damping=0.03,0.1,0.3", "--sampler", "grid")
         return (*collected, self._line("tune", "mats", files, *search, "--tasks", "validation.yml"))
 

@@ -19,7 +19,7 @@ from merganser.evaluation.bench._lab import Expert
 from merganser.evaluation.bench._pretraining import prepared_lab
 from merganser.evaluation.bench._results import document, finished_row
 from merganser.evaluation.bench._rows import Measured, baseline_row, collected, merge_row, needs_statistics, walks
-from merganser.evaluation.bench._schema import MethodEntry
+from merganser.evaluation.bench._schema import MethodEntry, SuiteTask
 from merganser.evaluation.bench._store import key, read_json, write_json
 from merganser.evaluation.bench._suite import Suite, method_id, read_suite
 
@@ -217,8 +217,14 @@ class _Run:
         """The tasks, as the document names them."""
         if self._tasks or experts is None:
             return
-        for role, key_ in (("held_in", "tasks"), ("held_out", "held_out"), ("composition", "composition")):
-            for name, entry in getattr(self._settings, key_).items():
+        settings = self._settings
+        groups: Mapping[str, Mapping[str, SuiteTask]] = {
+            "held_in": settings.tasks,
+            "held_out": settings.held_out,
+            "composition": settings.composition,
+        }
+        for role, group in groups.items():
+            for name, entry in group.items():
                 score = experts["scores"].get(name, {})
                 classes = None
                 if entry.kind in ("classification", "image"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merganser.errors import Place, RecipeError, suggestion
 from merganser.evaluation.bench._store import key
 from merganser.methods import create_method
+from merganser.methods._sequential import Sequential
 from merganser.recipe import Document, place_in, read_document, validated
 
 if TYPE_CHECKING:
@@ -103,13 +104,21 @@ def _check(suite: Suite, document: Document) -> None:
         if ids[index] in ids[:index]:
             raise fault(f"two methods have the id `{ids[index]}`", "methods", index, fix="give one an `id`")
         try:
-            create_method(entry.method, entry.options)
+            method = create_method(entry.method, entry.options)
         except RecipeError as error:
             name = error.places[0].key if error.places else None
             place = place_in(document, ("methods", index, "options", name or ""))
             raise RecipeError(
                 error.code, error.message, places=Place(place.file, None, name, place.line), fix=error.fix
             ) from None
+        if entry.search and isinstance(method, Sequential):
+            raise fault(
+                f"`{entry.method}` merges layer by layer, which has no search",
+                "methods",
+                index,
+                "search",
+                fix="write a row for each setting",
+            )
     for name in settings.counts.methods:
         if name not in ids:
             raise fault(f"there is no method with the id `{name}`", "counts", "methods", fix=suggestion(name, ids))
