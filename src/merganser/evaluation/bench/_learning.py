@@ -117,7 +117,9 @@ def train(
         {"params": trained},
         *([{"params": heads, "lr": float(settings.head_rate)}] if heads else []),
     ]
-    optimizer = torch.optim.AdamW(groups, lr=float(settings.rate), weight_decay=float(settings.weight_decay))
+    optimizer = torch.optim.AdamW(
+        groups, lr=float(settings.rate), weight_decay=float(settings.weight_decay), fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, float(settings.warmup)))
     sources = {name: examples.endless(settings.batch, f"{name}/{seed}") for name, examples in data.items()}
     names, draw = list(networks), random.Random(f"turns/{seed}")
@@ -154,7 +156,7 @@ def distil(
     names, draw = list(experts), random.Random(f"distil/{seed}")
     sources = {name: examples.endless(16, f"distil/{name}/{seed}") for name, examples in data.items()}
     parameters = [p for p in student.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.Adam(parameters, lr=rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     students = {name: Network(student, expert.head, pooling).eval() for name, expert in experts.items()}
     turns: list[str] = []
     for _ in range(steps):
