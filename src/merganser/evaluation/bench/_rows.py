@@ -93,7 +93,7 @@ def merge_row(
     if recipe.constant_method().outputs(len(experts)) == tuple(range(len(experts))):
         scores = {"scores": _summaries(_each_its_own(lab, states, experts))}
     else:
-        scores = _scored(lab, states[0], experts)
+        scores = _scored(lab, states[0], experts, everything=tuned)
     return {**scores, "options": options, "search": search, "cost": _plain(costs)}
 
 
@@ -186,12 +186,12 @@ def _searched(found: Tuning) -> dict[str, Any]:
     return {"trials": trials, "front": list(found.front)}
 
 
-def _scored(lab: Lab, model: State | str, experts: Sequence[Expert]) -> dict[str, Any]:
-    """What a model scores on the tasks of some experts, and on the held-out ones."""
+def _scored(lab: Lab, model: State | str, experts: Sequence[Expert], *, everything: bool = True) -> dict[str, Any]:
+    """What a model scores on the tasks of some experts and, of `everything`, on the held-out ones."""
     results = lab.evaluator("test", experts)(model).results
     return {
         "scores": _summaries({n: r.outcomes for n, r in results.items()}),
-        "held_out": _summaries(held_out(lab, model)),
+        "held_out": _summaries(held_out(lab, model)) if everything else {},
         "composition": _summaries(composed(lab, model, experts)),
     }
 
