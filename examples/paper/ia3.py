@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import merganser as mg
-
-PREFIX, SUFFIX = "base_model.model.", ".ia3_l"
-
-
-class Scaled(nn.Module):
-    """A linear layer with an (IA)^3 vector l: `l * (W x)`, or `W (l * x)` where l is a row."""
-
-    def __init__(self, linear: nn.Linear, vector: Tensor) -> None:
-        super().__init__()
-        self.linear = linear
-        self.ia3_l = nn.Parameter(vector)
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix, which T5 asks for its type."""
-        return self.linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The scaled output."""
-        row = self.ia3_l.shape[0] == 1
-        y: Tensor = self.linear(x * self.ia3_l) if row else self.linear(x) * self.ia3_l.mT
-        return y
-
-
-def insert(model: nn.Module, vectors: Mapping[str, Tensor]) -> nn.Module:
-    """Puts the vectors of an adapter file into a model, in place, and freezes everything else."""
-    model.requires_grad_(False)
-    for name, vector in vectors.items():
-        path = name.removeprefix(PREFIX).removesuffix(SUFFIX)
-        linear = model.get_submodule(path)
-        if not name.endswith(SUFFIX) or not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is not the (IA)^3 vector of a linear layer")
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, Scaled(linear, vector.to(linear.weight)))
-    return model
+from merganser.training import insert_ia3
 
 
 def batches(tokenizer: Any, data: Path, examples: int, size: int = 16) -> Iterator[dict[str, Tensor]]:
@@ -71,7 +37,7 @@ def batches(tokenizer: Any, data: Path, examples: int, size: int = 16) -> Iterat
 
 def measure(model: nn.Module, data: Iterator[dict[str, Tensor]] | list[dict[str, Tensor]]) -> mg.Statistics:
     """`F = mean over examples of g g'` for every vector, g the gradient of its example's loss with the given labels."""
-    return mg.collect(model, data, "block", loss="seq2seq", include=[f"*{SUFFIX}"])
+    return mg.collect(model, data, "block", loss="seq2seq", include=["*.ia3_l"])
 
 
 def main() -> None:
@@ -89,7 +55,7 @@ def main() -> None:
     vectors = load_file(given.adapter)
     if given.ones is not None:
         save_file({name: torch.ones_like(vector) for name, vector in vectors.items()}, given.ones)
-    model = insert(AutoModelForSeq2SeqLM.from_pretrained(given.base), vectors)
+    model = insert_ia3(AutoModelForSeq2SeqLM.from_pretrained(given.base), vectors)
     tokenizer = AutoTokenizer.from_pretrained(given.base)
     measure(model, batches(tokenizer, given.data, given.examples)).save(given.out)
 

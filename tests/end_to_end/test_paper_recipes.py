@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import merganser as mg
 from merganser.cli import main
+from merganser.training import fold_ia3, insert_ia3
 from tests.conftest import Cli
 from tests.end_to_end.paper import RECIPES, System, changed, fine_tuned, is_mean, kfac, load, write_data
 from tests.helpers import State, read_model
@@ -220,7 +221,7 @@ def test_ia3_vectors_are_merged_with_their_full_blocks(ia3: Path, tmp_path: Path
 def test_an_ia3_block_is_the_mean_of_outer_products(ia3: Path) -> None:
     base = ia3 / "models" / "t5-large-lm-adapt"
     vectors = load_file(ia3 / "adapters" / "paws" / "adapter_model.safetensors")
-    model = ia3_script.insert(transformers.T5ForConditionalGeneration.from_pretrained(base), vectors).double().eval()
+    model = insert_ia3(transformers.T5ForConditionalGeneration.from_pretrained(base), vectors).double().eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     known = mg.Statistics.load(ia3 / "statistics" / "ia3_paws.safetensors")
     name = "decoder.block.1.layer.2.DenseReluDense.wo.ia3_l"
@@ -233,6 +234,23 @@ def test_an_ia3_block_is_the_mean_of_outer_products(ia3: Path) -> None:
     assert torch.allclose(known.block[name].double(), total, atol=1e-4 * float(total.abs().max()))
 
 
+def test_folded_vectors_act_as_inserted_ones(ia3: Path) -> None:
+    base = ia3 / "models" / "t5-large-lm-adapt"
+    vectors = load_file(ia3 / "adapters" / "ropes" / "adapter_model.safetensors")
+    inserted, folded = (transformers.T5ForConditionalGeneration.from_pretrained(base).eval() for _ in range(2))
+    given = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "labels": torch.tensor([[6, 2]])}
+    plain = folded(**given).logits
+    folded.load_state_dict(fold_ia3(folded.state_dict(), vectors))
+    insert_ia3(inserted, vectors)
+    assert torch.allclose(inserted(**given).logits, folded(**given).logits, atol=1e-6)
+    assert not torch.allclose(plain, folded(**given).logits, atol=1e-3)
+    assert {name for name, p in inserted.named_parameters() if p.requires_grad} == {
+        name.removeprefix("base_model.model.") for name in vectors
+    }
+    with pytest.raises(mg.MerganserError, match="shared"):
+        insert_ia3(inserted, {"shared.ia3_l": torch.ones(12, 1)})
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
 def test_ia3_vectors_act_as_in_peft(ia3: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -241,7 +259,7 @@ def test_ia3_vectors_act_as_in_peft(ia3: Path) -> None:
     theirs = peft.get_peft_model(model, peft.IA3Config(task_type="SEQ_2_SEQ_LM")).eval()
     vectors = load_file(ia3 / "adapters" / "ropes" / "adapter_model.safetensors")
     assert not peft.set_peft_model_state_dict(theirs, vectors).unexpected_keys
-    ours = ia3_script.insert(transformers.T5ForConditionalGeneration.from_pretrained(base), vectors).eval()
+    ours = insert_ia3(transformers.T5ForConditionalGeneration.from_pretrained(base), vectors).eval()
     given = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "labels": torch.tensor([[6, 2]])}
     assert torch.allclose(ours(**given).logits, theirs(**given).logits, atol=1e-6)
 

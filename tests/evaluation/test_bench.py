@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import merganser as mg
+from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench import read_suite
 from merganser.evaluation.bench._baselines import ensemble as ensemble_of
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._pretraining import prepared_lab
+from merganser.statistics import Statistics
+from merganser.training import fold_ia3
 from tests.conftest import Cli
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines
 
@@ -174,7 +178,13 @@ def test_a_crashed_step_is_recorded_and_the_rest_goes_on(tmp_path: Path, cli: Cl
         held_out={},
         baselines=["base", "experts"],
         statistics={"kinds": ["gram"]},
-        methods=[{"method": "average"}, {"method": "fisher"}, {"id": "last", "method": "average"}],
+        merge={"exclude": ["*.LayerNorm.*"]},
+        methods=[
+            {"method": "average"},
+            {"method": "fisher"},
+            {"method": "output_matching"},
+            {"id": "last", "method": "average"},
+        ],
     )
     (tmp_path / "two.train.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "suite.yml").write_text(json.dumps(suite))
@@ -188,6 +198,8 @@ def test_a_crashed_step_is_recorded_and_the_rest_goes_on(tmp_path: Path, cli: Cl
     assert rows["average"]["models"] == ["one", "three"]
     assert rows["fisher"]["error"]["code"] == "E0308"
     assert rows["fisher"]["held_in"] is None
+    assert rows["output_matching"]["error"]["code"] == "E0308"
+    assert "`exclude`" in rows["output_matching"]["error"]["message"]
     assert "`label`" in result.err
     assert "fisher seed 0" in result.err
 
@@ -307,3 +319,64 @@ def test_operations_are_counted() -> None:
         product + product
         torch.linalg.cholesky(a @ a.T + torch.eye(4, dtype=torch.float64))
     assert counter.total == 2 * 4 * 5 * 6 + 24 + 2 * 4 * 5 * 4 + 16 + int(4**3 / 3)
+
+
+def test_experts_are_vectors(tmp_path: Path) -> None:
+    suite = small_suite(
+        tmp_path,
+        training={
+            "method": "ia3",
+            "outputs": ["*.self.key", "*.self.value"],
+            "inputs": ["*.layer.[0-9].output.dense"],
+            "steps": 8,
+            "rate": 3e-2,
+            "head_rate": 1e-2,
+        },
+        statistics={"kinds": ["block", "fisher"], "estimator": "sampled"},
+        methods=[
+            {"method": "average"},
+            {"method": "task_arithmetic", "search": {"scale": [0.2, 0.5, 1.0]}},
+            {"method": "fisher"},
+            {"method": "mats", "options": {"objective": "block", "iterations": 5}},
+            {"method": "emr"},
+            {"method": "output_matching"},
+        ],
+        counts={},
+        seeds=[0],
+    )
+    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
+    failed = {step["name"]: step["error"]["message"] for step in found["steps"] if step["error"]}
+    assert list(failed) == ["output_matching seed 0"]
+    assert "(IA)^3" in failed["output_matching seed 0"]
+    lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
+    experts = [lab.expert(name, 0) for name in ("one", "two", "three")]
+    base = read_tensors(lab.base)
+    vectors = [load_file(e.merged) for e in experts]
+    assert {tuple(v.shape) for v in vectors[0].values()} == {(16, 1), (1, 24)}
+    for expert, own in zip(experts, vectors, strict=True):
+        assert all(float((v - 1).abs().max()) > 1e-3 for v in own.values())
+        folded = read_tensors(expert.model)
+        changed = {name for name in base if not torch.equal(base[name], folded[name])}
+        assert {name.rpartition(".")[0] for name in changed} == {name.removesuffix(".ia3_l") for name in own}
+    rows = {row["id"]: row for row in found["rows"]}
+    assert rows["experts"]["held_in"]["value"] > rows["base"]["held_in"]["value"]
+    mean = {name: torch.stack([v[name] for v in vectors]).mean(0) for name in vectors[0]}
+    expected = lab.evaluator("test", experts)(fold_ia3(base, mean))
+    for task, score in rows["average"]["scores"].items():
+        assert task in ("four", "five") or score["value"] == expected.results[task].outcomes.value
+    written = sum(v.numel() * 4 for v in mean.values())
+    assert rows["mats"]["cost"]["merge"]["bytes"] == rows["fisher"]["cost"]["merge"]["bytes"] == written
+    known = Statistics.load(lab.statistics(experts[0]))
+    assert set(known.block) == set(known.fisher) == set(vectors[0])
+    first = next(iter(known.block))
+    assert torch.allclose(known.block[first].diag(), known.fisher[first].flatten(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [({"method": "ia3"}, "outputs"), ({"outputs": ["*.key"]}, "outputs")],
+    ids=["ia3 without layers", "layers without ia3"],
+)
+def test_vectors_and_their_layers_belong_together(tmp_path: Path, training: dict[str, Any], message: str) -> None:
+    with pytest.raises(mg.MerganserError, match=message):
+        read_suite({**small_suite(tmp_path), "training": training}, data=tmp_path)

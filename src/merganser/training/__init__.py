@@ -3,6 +3,7 @@
 from merganser.training._adamr import AdamR
 from merganser.training._batch_norm import update_batch_norm
 from merganser.training._graft import train_graft_mask
+from merganser.training._ia3 import fold_ia3, ia3_vectors, insert_ia3
 from merganser.training._pull import AdapterPull
 
-__all__ = ["AdamR", "AdapterPull", "train_graft_mask", "update_batch_norm"]
+__all__ = ["AdamR", "AdapterPull", "fold_ia3", "ia3_vectors", "insert_ia3", "train_graft_mask", "update_batch_norm"]

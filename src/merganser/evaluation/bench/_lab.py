@@ -16,6 +16,7 @@ from torch import nn
 
 from merganser._version import __version__
 from merganser.evaluation._evaluator import Evaluator
+from merganser.evaluation._outcomes import Evaluation
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation._subject import open_subject, read_tensors
 from merganser.evaluation._tasks import Task, Tasks
@@ -25,10 +26,13 @@ from merganser.evaluation.bench._schema import SuiteTask, Training
 from merganser.evaluation.bench._splits import split_data
 from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
 from merganser.evaluation.bench._suite import Suite
-from merganser.statistics import Statistics, collect
+from merganser.statistics import TABLES, Statistics, collect
 from merganser.statistics._models import ModelFolder, open_model
+from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, ia3_vectors, insert_ia3
 
 __all__ = ["Expert", "Lab"]
+
+VECTORS = "ia3.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Expert:
         head: its head: a linear layer's file, or a folder; None where the model's own head answers.
         digest: of its weights.
         seconds: of training.
+        vectors: the file of its (IA)^3 vectors, which are merged instead of its weights; they are folded into `model`.
     """
 
     task: str
@@ -48,6 +53,24 @@ class Expert:
     head: Path | None
     digest: str
     seconds: float
+    vectors: Path | None = None
+
+    @property
+    def merged(self) -> Path:
+        """What a merge reads."""
+        return self.vectors or self.model
+
+
+class _OfVectors(Evaluator):
+    """Measures merges of (IA)^3 vectors, folded into the base."""
+
+    def __init__(self, tasks: Tasks, base: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tasks)
+        self._tensors = base
+
+    def measure(self, model: Any) -> Evaluation:
+        """The figures of the base with these vectors."""
+        return super().measure(fold_ia3(self._tensors, model))
 
 
 class Lab:
@@ -114,11 +137,34 @@ class Lab:
             metric=None,
         )
 
-    def evaluator(self, part: str, experts: Sequence[Expert], scores: Mapping[str, float] | None = None) -> Evaluator:
-        """What measures models on one part of the tasks of some experts, with their heads."""
-        known = scores or {}
-        tasks = tuple(self.task(e.task, part, e.head, known.get(e.task)) for e in experts)
-        return Evaluator(Tasks(tasks, self.base, self.settings.batch_norm if part != "train" else 0))
+    def tasks(self, part: str, experts: Sequence[Expert]) -> Tasks:
+        """One part of the tasks of some experts, with their heads."""
+        tasks = tuple(self.task(e.task, part, e.head) for e in experts)
+        return Tasks(tasks, self.base, self.settings.batch_norm if part != "train" else 0)
+
+    def evaluator(self, part: str, experts: Sequence[Expert]) -> Evaluator:
+        """What measures models on one part of the tasks of some experts."""
+        return Evaluator(self.tasks(part, experts))
+
+    def judge(self, experts: Sequence[Expert]) -> Evaluator:
+        """What measures merges, of vectors if the experts have some, on the validation examples."""
+        tasks = self.tasks("validation", experts)
+        return _OfVectors(tasks, read_tensors(self.base)) if experts[0].vectors else Evaluator(tasks)
+
+    def origin(self, experts: Sequence[Expert]) -> Path:
+        """The base of a merge: that of the experts, or vectors that change nothing."""
+        if experts[0].vectors is None:
+            return self.base
+        vectors = load_file(experts[0].vectors)
+        file = self.cache / "heads" / f"ones-{key(sorted((n, tuple(v.shape)) for n, v in vectors.items()))}.safetensors"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: torch.ones_like(vector) for name, vector in vectors.items()}, file)
+        return file
+
+    def whole(self, state: Mapping[str, torch.Tensor], experts: Sequence[Expert]) -> Mapping[str, torch.Tensor]:
+        """The weights of a merge, which may have been one of vectors."""
+        return state if experts[0].vectors is None else fold_ia3(read_tensors(self.base), state)
 
     def examples(self, name: str, part: str, head: Path | None) -> Examples:
         """The items of a part of a task, as batches."""
@@ -186,8 +232,15 @@ class Lab:
         if not folder.is_dir():
             self.fine_tune({name: start}, self.settings.training, self.settings.training.steps, seed, folder)
         meta = read_json(folder / "meta.json")
-        head = folder / f"{name}.safetensors"
-        return Expert(name, folder / "model", head if head.exists() else None, meta["digest"], meta["seconds"])
+        head, vectors = folder / f"{name}.safetensors", folder / VECTORS
+        return Expert(
+            name,
+            folder / "model",
+            head if head.exists() else None,
+            meta["digest"],
+            meta["seconds"],
+            vectors if vectors.exists() else None,
+        )
 
     def multitask(self, seed: int) -> list[Expert]:
         """One model that was fine-tuned on all tasks together, with a head for each."""
@@ -226,13 +279,21 @@ class Lab:
                 for index, (name, head) in enumerate(heads.items())
             }
             data = {name: self.examples(name, "train", head) for name, head in heads.items()}
+            if training.method == "ia3":
+                insert_ia3(first.encoder, ia3_vectors(first.encoder, training.outputs, training.inputs))
             train(networks, data, training, steps, seed)
         with written_whole(folder) as draft:
-            write_model(draft / "model", self.state_of(first.encoder), self.base)
+            if training.method == "ia3":
+                vectors = {n: p.detach() for n, p in first.encoder.named_parameters() if n.endswith(IA3_SUFFIX)}
+                save_file(vectors, draft / VECTORS)
+                state = fold_ia3(read_tensors(self.base), vectors)
+            else:
+                state = self.state_of(first.encoder)
+            write_model(draft / "model", state, self.base)
             for name, network in networks.items():
                 if network.head is not None:
-                    state = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
-                    save_file(state, draft / f"{name}.safetensors")
+                    layer = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
+                    save_file(layer, draft / f"{name}.safetensors")
             digest = file_digest(draft / "model")
             write_json(draft / "meta.json", {"digest": digest, "seconds": time.perf_counter() - began, "steps": steps})
 
@@ -252,13 +313,16 @@ class Lab:
         name = key(expert.digest, file_digest(part), wanted.model_dump_json(), self.settings.max_length, __version__)
         file = self.cache / "statistics" / f"{expert.task}-{name}.safetensors"
         if not file.exists():
-            network = self.network(expert.model, expert.head)
+            network = self.network(expert.model if expert.vectors is None else str(self.base), expert.head)
+            if expert.vectors is not None:
+                insert_ia3(network.encoder, load_file(expert.vectors))
             batches = [
                 {**inputs, "labels": labels}
                 for inputs, labels in self.examples(expert.task, "statistics", expert.head).all(16)
             ]
             model: nn.Module = network if network.head is not None else network.encoder
-            found = collect(model, batches, wanted.kinds, estimator=wanted.estimator)
+            only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
+            found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
             file.parent.mkdir(parents=True, exist_ok=True)
             (found if network.head is None else _of_encoder(found)).save(file)
         return file
@@ -276,4 +340,5 @@ def _of_encoder(found: Statistics) -> Statistics:
     def own(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {n.removeprefix("encoder."): value for n, value in table.items() if n.startswith("encoder.")}
 
-    return Statistics(gram=own(found.gram), output_gram=own(found.output_gram), fisher=own(found.fisher))
+    tables: dict[str, Any] = {name: own(found.table(name)) for name in TABLES}
+    return Statistics(**tables)

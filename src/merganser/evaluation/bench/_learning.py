@@ -15,6 +15,7 @@ from merganser.evaluation._image import pixel_values
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation.bench._schema import Training
 from merganser.statistics._losses import IGNORED
+from merganser.training._ia3 import IA3_SUFFIX
 
 __all__ = ["Examples", "Network", "distil", "train"]
 
@@ -109,8 +110,9 @@ def train(
     AdamW with a rate of its own for the heads, linear warm-up and decay, clipped gradients. In place.
     """
     shared = next(iter(networks.values())).encoder
+    patterns = settings.only if settings.method == "full" else [f"*{IA3_SUFFIX}"]
     for name, parameter in shared.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.only))
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
     trained = [p for p in shared.parameters() if p.requires_grad]
     heads = [p for network in networks.values() if network.head is not None for p in network.head.parameters()]
     groups: list[dict[str, Any]] = [

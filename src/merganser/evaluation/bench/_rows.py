@@ -70,7 +70,7 @@ def merge_row(
         return _walked_row(lab, entry, experts, measured, seed)
     recipe = _recipe(lab, entry, experts, measured, seed)
     costs = {"statistics": measured.cost, "merge": Cost(), "tuning": Cost()}
-    judge = lab.evaluator("validation", experts)
+    judge = lab.judge(experts)
     options, search = dict(entry.options), None
     if entry.search and tuned:
         space = space_of(entry.search, recipe)
@@ -91,16 +91,32 @@ def merge_row(
     written = sum(t.numel() * t.element_size() for state in states for t in state.values())
     costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
     if recipe.constant_method().outputs(len(experts)) == tuple(range(len(experts))):
-        scores = {"scores": _summaries(_each_its_own(lab, states, experts))}
+        own = [lab.whole(state, experts) for state in states]
+        scores = {"scores": _summaries(_each_its_own(lab, own, experts))}
     else:
-        scores = _scored(lab, states[0], experts, everything=tuned)
+        scores = _scored(lab, lab.whole(states[0], experts), experts, everything=tuned)
     return {**scores, "options": options, "search": search, "cost": _plain(costs)}
 
 
 def _walked_row(
     lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int
 ) -> dict[str, Any]:
-    """A merge layer by layer. Its inputs are those of the statistics, without labels."""
+    """A merge layer by layer. Its inputs are those of the statistics, without labels.
+
+    Raises:
+        RecipeError: E0308, the suite wants what such a merge cannot do.
+    """
+    keys = lab.settings.merge
+    refused = (
+        "(IA)^3 vectors" if experts[0].vectors else "`merge: only` and `exclude`" if keys.only or keys.exclude else ""
+    )
+    if refused:
+        raise RecipeError(
+            "E0308",
+            f"`{entry.method}` merges whole models layer by layer: it cannot heed {refused}",
+            places=Place(key="methods"),
+            fix="leave the row out",
+        )
     modules = [lab.network(e.model, e.head).encoder for e in experts]
     base = lab.network(str(lab.base), experts[0].head).encoder
     data = [[inputs for inputs, _ in lab.examples(e.task, "statistics", e.head).all(16)] for e in experts]
@@ -161,8 +177,8 @@ def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> d
 def _recipe(lab: Lab, entry: MethodEntry, experts: Sequence[Expert], measured: Measured, seed: int) -> Recipe:
     keys = lab.settings.merge
     return simple_recipe(
-        [str(e.model) for e in experts],
-        base=str(lab.base),
+        [str(e.merged) for e in experts],
+        base=str(lab.origin(experts)),
         method=entry.method,
         statistics=[str(file) for file in measured.files] or None,
         options=entry.options,

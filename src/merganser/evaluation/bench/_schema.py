@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from merganser.evaluation._schema import Strict
 
@@ -55,9 +55,11 @@ class Splits(Strict):
 
 
 class Training(Strict):
-    """How every expert is fine-tuned: all weights (or some), AdamW, warm-up and linear decay."""
+    """How every expert is fine-tuned: all weights (or some) or (IA)^3 vectors, AdamW, warm-up and linear decay."""
 
-    method: Literal["full"] = "full"
+    method: Literal["full", "ia3"] = Field(default="full", description="ia3: vectors are trained, and merged.")
+    outputs: list[StrictStr] = Field(default=[], description="ia3: patterns of layers whose output is scaled.")
+    inputs: list[StrictStr] = Field(default=[], description="ia3: patterns of layers whose input is scaled.")
     steps: StrictInt = Field(default=300, ge=1)
     batch: StrictInt = Field(default=16, ge=1)
     rate: Number = Field(default=1e-4, gt=0)
@@ -67,6 +69,12 @@ class Training(Strict):
     clip: Number = Field(default=1.0, gt=0)
     dropout: StrictBool = True
     only: list[StrictStr] = Field(default=["*"], description="Patterns of the weights that are trained.")
+
+    @model_validator(mode="after")
+    def _vectors_have_layers(self) -> Training:
+        if (self.method == "ia3") != bool(self.outputs or self.inputs):
+            raise ValueError("`outputs` and `inputs` name the layers of `method: ia3`, and of no other")
+        return self
 
 
 class StatisticsEntry(Strict):
