@@ -18,7 +18,7 @@ from merganser.engine import open_locked, verify
 from merganser.engine._lock import canonical_sha256, read_lock, render_lock
 from merganser.errors import MerganserError
 from tests.conftest import Cli
-from tests.helpers import contents, llama_state, names_in, write_files, write_model, write_weights
+from tests.helpers import contents, llama_state, names_in, read_model, write_files, write_model, write_weights
 
 LOCK = "merge.lock.json"
 
@@ -211,6 +211,26 @@ def test_a_lock_file_repeats_its_merge(name: str, here: Path, cli: Cli) -> None:
     assert equal_outputs(here / "out", here / "again")
     cli("verify", "again").succeeded()
     assert read_lock(here / "out" / LOCK)["recipe_sha256"] == read_lock(here / "again" / LOCK)["recipe_sha256"]
+
+
+@pytest.mark.parametrize("init", ["c", "ties", "base"])
+def test_a_solve_is_repeated_from_where_it_began(init: str, here: Path, cli: Cli) -> None:
+    write_model(here / "c", seed=3)
+    words = ["-m", "mats", "-b", "base", "-s", "objective=gram", "-s", "iterations=2", "-s", "damping=0.1"]
+    for seed, name in enumerate("ab"):
+        g = torch.Generator().manual_seed(seed)
+        matrices = {n: t for n, t in read_model(here / name).items() if t.ndim == 2 and "embed" not in n}
+        inputs = {n: torch.randn(16, t.shape[1], generator=g) for n, t in matrices.items()}
+        mg.Statistics(gram={n: x.T @ x / 16 for n, x in inputs.items()}).save(here / f"{name}.safetensors")
+        words += [name, "--statistics", f"{name}.safetensors"]
+    cli("merge", *words, "--init", init, "-o", "out", "-j", "1").succeeded()
+    cli("merge", "--locked", "out", "-o", "again", "-j", "2").succeeded()
+    assert equal_outputs(here / "out", here / "again")
+    cli("merge", *words, "--init", "a", "-o", "other").succeeded()
+    assert not equal_outputs(here / "out", here / "other")
+    if init == "c":
+        write_model(here / "c", seed=4)
+        cli("merge", "--locked", "out", "-o", "new").failed("E0424", "`c`", "c/model.safetensors")
 
 
 @pytest.mark.parametrize("whole", [False, True])
