@@ -35,8 +35,8 @@ class NuSlerp(Method, name="nuslerp"):
     where a base is given, to which the result is then added.
 
     The angle is that of the whole tensor, or, with ``nuslerp_flatten=false``, one for every vector along the last
-    dimension (``nuslerp_row_wise=false``) or the first one (true). Two passes, O(elements); one angle per vector in
-    memory.
+    dimension (``nuslerp_row_wise=false``) or the first one (true). Two passes, O(elements), one angle per vector in
+    memory; vectors along the last dimension are measured while merging, which leaves one pass.
     """
 
     nuslerp_flatten: bool = option(True, "one angle per tensor")
@@ -64,6 +64,10 @@ class NuSlerp(Method, name="nuslerp"):
         """The two vectors, the shares of every element, and one chunk's products in float64."""
         return 6
 
+    def passes(self) -> int:
+        """One to measure vectors, unless blocks hold them whole."""
+        return 2 if self.nuslerp_flatten or self.nuslerp_row_wise else 1
+
     def check(self, models: int, weights: Sequence[float]) -> None:
         """The weights must not sum to zero."""
         super().check(models, weights)
@@ -84,8 +88,8 @@ class NuSlerp(Method, name="nuslerp"):
         return length if count > 1 and not inner and length <= _LONGEST else 1
 
     def prepare(self, context: Context) -> dict[str, Array]:
-        """The cosine of every pair of vectors."""
-        sums = {name: np.zeros((3, self._rows(spec)[0])) for name, spec in context.specs.items()}
+        """The cosine of every pair of vectors, but of those that blocks keep together."""
+        sums = {n: np.zeros((3, self._rows(spec)[0])) for n, spec in context.specs.items() if self.row(spec) == 1}
         for key, pieces in context.each(self._products, as_merged=True):
             for first, piece in pieces:
                 sums[key.name][:, first : first + piece.shape[1]] += piece
@@ -93,10 +97,10 @@ class NuSlerp(Method, name="nuslerp"):
 
     def _products(self, block: Block) -> list[tuple[int, Array]]:
         """Inner product and squared norms of the vectors' parts in every chunk, from the first vector on."""
+        if self.row(block.spec) > 1:
+            return []
         count, length, inner = self._rows(block.spec)
         a, b = _vectors(block)
-        if self.row(block.spec) > 1:
-            return [(block.key.start // length, _row_products(a.view(-1, length), b.view(-1, length)))]
         if count == 1:
             found = np.stack(chunk_products((a, b), ((0, 1), (0, 0), (1, 1))), axis=1)
             return [(0, part.reshape(3, 1)) for part in found]
@@ -116,21 +120,21 @@ class NuSlerp(Method, name="nuslerp"):
 
     def merge(self, block: Block, state: Mapping[str, Array]) -> torch.Tensor:
         """The combination of one block."""
-        _, length, inner = self._rows(block.spec)
+        count, length, inner = self._rows(block.spec)
         t = block.weights[1] / math.fsum(block.weights)
-        shares = _shares(state[block.key.name], t)
         first, second = _vectors(block)
-        if len(shares[0]) == 1:
-            merged = first.mul_(shares[0].item()).add_(second, alpha=shares[1].item())
-        elif self.row(block.spec) > 1:
-            rows = slice(block.key.start // length, block.key.stop // length)
-            a, b = (torch.from_numpy(share[rows]).to(first).unsqueeze(1) for share in shares)
-            second.view(-1, length).mul_(b)
-            first.view(-1, length).mul_(a)
+        if self.row(block.spec) > 1:
+            rows = first.view(-1, length), second.view(-1, length)
+            for vectors, share in zip(rows, _shares(_cosines(*_row_products(*rows)), t), strict=True):
+                vectors.mul_(torch.from_numpy(share).to(first).unsqueeze(1))
             merged = first.add_(second)
+        elif count == 1:
+            a, b = (share.item() for share in _shares(state[block.key.name], t))
+            merged = first.mul_(a).add_(second, alpha=b)
         else:
-            a, b = (spread(share, block, length, first, inner=inner) for share in shares)
-            merged = first.mul_(a).add_(second.mul_(b))
+            shares = _shares(state[block.key.name], t)
+            one, two = (spread(share, block, length, first, inner=inner) for share in shares)
+            merged = first.mul_(one).add_(second.mul_(two))
         return merged.mul_(self.scale).add_(block.base) if block.based else merged
 
 
