@@ -18,7 +18,9 @@ from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench import read_suite
 from merganser.evaluation.bench._baselines import ensemble as ensemble_of
 from merganser.evaluation.bench._flops import FlopCounter
+from merganser.evaluation.bench._learning import Losses
 from merganser.evaluation.bench._pretraining import prepared_lab
+from merganser.evaluation.bench._store import written_whole
 from merganser.statistics import Statistics
 from merganser.training import fold_ia3
 from tests.conftest import Cli
@@ -36,6 +38,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "emr"},
     {"method": "output_matching"},
     {"method": "sequential_mats", "options": {"iterations": 3}},
+    {"method": "learned_soup", "options": {"by": "layer", "steps": 12, "lr": 0.3}},
 ]
 
 
@@ -87,7 +90,7 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert [t["role"] for t in found["tasks"]] == [*["held_in"] * 3, "held_out", "composition"]
     rows = {(row["id"], row["seed"], row["draw"]): row for row in found["rows"]}
     names = ["experts", "base", "multitask", "ensemble", "distillation", "average", "task_arithmetic-tuned", "mats"]
-    names += ["emr", "output_matching", "sequential_mats"]
+    names += ["emr", "output_matching", "sequential_mats", "learned_soup"]
     assert [row["id"] for row in found["summary"]] == names
     for name in names:
         for seed in (0, 1):
@@ -118,6 +121,8 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert (walked["data"], walked["cost"]["statistics"]["seconds"]) == ("unlabelled", 0)
     assert walked["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"]
     assert rows["sequential_mats", 0, None]["cost"]["statistics"] == mats["cost"]["statistics"]
+    learned = rows["learned_soup", 0, None]
+    assert (learned["data"], learned["cost"]["tuning"]["labels"]) == ("labelled", 30)
     pairs = [row for row in found["rows"] if row["draw"] is not None]
     assert len(pairs) == 2
     assert {(row["count"], row["seed"]) for row in pairs} == {(2, 0)}
@@ -144,6 +149,26 @@ def test_a_row_is_what_merge_and_evaluate_give(finished: tuple[Path, dict[str, A
         evaluation = mg.evaluate(merged, {"base": str(folder / "base"), "tasks": tasks})
         scores.append({name: result.outcomes.value for name, result in evaluation.results.items()})
     assert {name: row["scores"][name]["value"] for name in suite["tasks"]} in scores
+
+
+def test_the_loss_of_merged_weights_is_differentiable(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    folder, suite, _ = finished
+    lab = prepared_lab(read_suite(suite, data=folder), folder / "out" / "cache")
+    experts = [lab.expert(name, 0) for name in ("one", "two", "three")]
+    networks = {e.task: lab.network(e.model, e.head) for e in experts}
+    data = {e.task: lab.examples(e.task, "validation", e.head) for e in experts}
+    losses = Losses(networks, data, size=10, whole=lambda state: state)  # of all items
+    state = read_tensors(experts[1].model)
+    measured = lab.evaluator("validation", experts)(state).results
+    expected = sum(r.outcomes.others["loss"] for r in measured.values()) / 3
+    assert float(losses(state)) == pytest.approx(expected, rel=1e-5)
+    name = "encoder.layer.1.output.dense.weight"
+    weight = state[name].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(losses({**state, name: weight}), weight)
+    step = 1e-2 * slope / slope.norm()
+    ahead, behind = (float(losses({**state, name: state[name] + s * step})) for s in (1, -1))
+    assert (ahead - behind) / 2e-2 == pytest.approx(float(slope.norm()), rel=2e-2)
+    assert float(lab.losses(experts, score=True)(state)) < 0 < float(lab.losses(experts, score=False)(state))
 
 
 def test_a_finished_run_is_only_read(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
@@ -380,3 +405,16 @@ def test_experts_are_vectors(tmp_path: Path) -> None:
 def test_vectors_and_their_layers_belong_together(tmp_path: Path, training: dict[str, Any], message: str) -> None:
     with pytest.raises(mg.MerganserError, match=message):
         read_suite({**small_suite(tmp_path), "training": training}, data=tmp_path)
+
+
+def test_a_folder_that_another_process_made_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with written_whole(folder) as slow:
+        (slow / "file").write_text("slow")
+        with written_whole(folder) as fast:
+            (fast / "file").write_text("fast")
+    assert (folder / "file").read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "other"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [folder]

@@ -18,7 +18,15 @@ from merganser.evaluation._tuned import described
 from merganser.evaluation.bench._lab import Expert
 from merganser.evaluation.bench._pretraining import prepared_lab
 from merganser.evaluation.bench._results import document, finished_row
-from merganser.evaluation.bench._rows import Measured, baseline_row, collected, merge_row, needs_statistics, walks
+from merganser.evaluation.bench._rows import (
+    Measured,
+    baseline_row,
+    chooses,
+    collected,
+    merge_row,
+    needs_statistics,
+    walks,
+)
 from merganser.evaluation.bench._schema import MethodEntry, SuiteTask
 from merganser.evaluation.bench._store import key, read_json, write_json
 from merganser.evaluation.bench._suite import Suite, method_id, read_suite
@@ -145,7 +153,7 @@ class _Run:
 
         depends = (*self._depends(experts, seed), entry.model_dump_json(), draw is None)
         found = self._step(label, depends, make)
-        labelled = bool(entry.search) or (reads and self._settings.statistics.estimator == "empirical")
+        labelled = chooses(entry, len(experts)) or (reads and self._settings.statistics.estimator == "empirical")
         row = self._row(name, entry.label or name, experts, seed) | {
             "kind": "merge",
             "method": entry.method,

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from merganser._version import __version__
+from merganser.errors import Place, RecipeError
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._outcomes import Evaluation
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation._subject import open_subject, read_tensors
 from merganser.evaluation._tasks import Task, Tasks
 from merganser.evaluation.bench._base import write_model
-from merganser.evaluation.bench._learning import Examples, Network, train
+from merganser.evaluation.bench._learning import Examples, Losses, Network, train
 from merganser.evaluation.bench._schema import SuiteTask, Training
 from merganser.evaluation.bench._splits import split_data
 from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
@@ -151,6 +152,26 @@ class Lab:
         tasks = self.tasks("validation", experts)
         return _OfVectors(tasks, read_tensors(self.base)) if experts[0].vectors else Evaluator(tasks)
 
+    def losses(self, experts: Sequence[Expert], *, score: bool) -> Losses:
+        """The loss of merges on batches of the validation examples, or its negative, differentiable in the weights.
+
+        Tasks whose head is a whole model, and choices and generation, are left out.
+
+        Raises:
+            RecipeError: E0308, no task is left.
+        """
+        known = [
+            e for e in experts if (self.entry(e.task).kind == "perplexity" if e.head is None else not e.head.is_dir())
+        ]
+        if not known:
+            raise RecipeError("E0308", "no task of the suite has a loss to descend", places=Place(key="tasks"))
+        return Losses(
+            {e.task: self.network(e.model, e.head) for e in known},
+            {e.task: self.examples(e.task, "validation", e.head) for e in known},
+            sign=-1.0 if score else 1.0,
+            whole=lambda state: self.whole(state, experts),
+        )
+
     def origin(self, experts: Sequence[Expert]) -> Path:
         """The base of a merge: that of the experts, or vectors that change nothing."""
         if experts[0].vectors is None:
@@ -222,7 +243,7 @@ class Lab:
         start = self.fresh_head(name, seed)
         made_with = key(
             file_digest(self.parts(name)["train"], self.base),
-            self.settings.training.model_dump_json(),
+            self.settings.training.identity(),
             seed,
             self.settings.pooling,
             self.settings.max_length,
@@ -249,7 +270,7 @@ class Lab:
         made_with = key(
             [file_digest(self.parts(n)["train"]) for n in names],
             file_digest(self.base),
-            training.model_dump_json(),
+            training.identity(),
             steps,
             seed,
             self.settings.pooling,
@@ -324,7 +345,7 @@ class Lab:
             only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
             found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
             file.parent.mkdir(parents=True, exist_ok=True)
-            (found if network.head is None else _of_encoder(found)).save(file)
+            (found if network.head is None else _of_encoder(found)).save(file, overwrite=True)
         return file
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from merganser.evaluation.bench._schema import Training
 from merganser.statistics._losses import IGNORED
 from merganser.training._ia3 import IA3_SUFFIX
 
-__all__ = ["Examples", "Network", "distil", "train"]
+__all__ = ["Examples", "Losses", "Network", "distil", "train"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -100,6 +100,41 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if labels.dim() == 1:
         return nn.functional.cross_entropy(logits, labels)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+class Losses:
+    """The mean over tasks of the loss of merged weights on each task's next batch, differentiable in the weights.
+
+    Args:
+        networks: the experts with their heads, which are frozen; the encoders' weights are replaced by merged ones.
+        data: the tasks' items.
+        size: items per batch.
+        sign: -1 for a score, of which more is better.
+        whole: makes a model's weights of what is merged.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        data: Mapping[str, Examples],
+        *,
+        size: int = 8,
+        sign: float = 1.0,
+        whole: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+    ) -> None:
+        self._networks = {name: network.requires_grad_(False) for name, network in networks.items()}
+        self._sign, self._whole = sign, whole
+        self._sources = {name: examples.endless(size, f"losses/{name}") for name, examples in data.items()}
+
+    def __call__(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of merged weights, or its negative."""
+        weights = {f"encoder.{name}": value for name, value in self._whole(state).items()}
+        losses = []
+        for name, network in self._networks.items():
+            inputs, labels = next(self._sources[name])
+            known = {key: value for key, value in weights.items() if key in network.state_dict()}
+            losses.append(loss(torch.func.functional_call(network, known, kwargs=inputs), labels))
+        return self._sign * torch.stack(losses).mean()
 
 
 def train(

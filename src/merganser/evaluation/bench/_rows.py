@@ -22,11 +22,12 @@ from merganser.evaluation.bench._lab import Expert, Lab
 from merganser.evaluation.bench._schema import MethodEntry
 from merganser.methods import create_method
 from merganser.methods._sequential import Sequential
+from merganser.methods.learned_soup import LearnedSoup
 from merganser.recipe import Recipe, simple_recipe
 from merganser.statistics import TABLES
 from merganser.statistics._settings import parse_kinds
 
-__all__ = ["Measured", "baseline_row", "collected", "merge_row", "needs_statistics"]
+__all__ = ["Measured", "baseline_row", "chooses", "collected", "merge_row", "needs_statistics", "walks"]
 
 State = Mapping[str, torch.Tensor]
 
@@ -50,6 +51,11 @@ def needs_statistics(entry: MethodEntry, models: int) -> bool:
     if isinstance(method, Sequential):
         return method.curved
     return bool(method.requires(models) & set(TABLES))
+
+
+def chooses(entry: MethodEntry, models: int) -> bool:
+    """Whether a row looks at labels: a search, or a method that tries merges itself."""
+    return bool(entry.search) or "evaluator" in create_method(entry.method, entry.options).requires(models)
 
 
 def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
@@ -80,8 +86,12 @@ def merge_row(
         options, search = {**options, **_best(found)}, _searched(found)
         recipe = _recipe(lab, entry.model_copy(update={"options": options}), experts, measured, seed)
     elif "evaluator" in recipe.constant_method().requires(len(experts)):
+        method = recipe.constant_method()
+        measure: Any = judge
+        if isinstance(method, LearnedSoup):
+            measure = lab.losses(experts, score=not method.minimize)
         with Meter() as meter:
-            recipe, _ = resolve(recipe, judge, threads=1)
+            recipe, _ = resolve(recipe, measure, threads=1)
         labels = sum(len(items) for items in judge.digests().values())
         costs["tuning"] = dataclasses.replace(meter.cost, labels=labels)
     with Meter() as meter:

@@ -70,6 +70,10 @@ class Training(Strict):
     dropout: StrictBool = True
     only: list[StrictStr] = Field(default=["*"], description="Patterns of the weights that are trained.")
 
+    def identity(self) -> str:
+        """What experts depend on."""
+        return self.model_dump_json(exclude={"outputs", "inputs"} if self.method == "full" else set())
+
     @model_validator(mode="after")
     def _vectors_have_layers(self) -> Training:
         if (self.method == "ia3") != bool(self.outputs or self.inputs):

@@ -33,7 +33,9 @@ def file_digest(*paths: Path) -> str:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` at the end, if nothing went wrong.
+    """An empty folder to fill, which becomes `folder` at the end, if nothing went wrong.
+
+    If another process was faster, its folder stays.
 
     Yields:
         The folder to write to, on the same file system.
@@ -42,8 +44,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield draft
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
