@@ -1,8 +1,9 @@
 """A page of the results of suites: their tables as Markdown, and the report's pictures as files beside it.
 
-    python -m benchmarks.results_page NAME=OUT/results.json ... -o docs/results
+    python -m benchmarks.results_page NAME=OUT/results.json ... -o docs/results.md
 
-writes `docs/results-tables.md` and `docs/results-NAME-PICTURE.svg`. Every figure is read from the files.
+replaces what follows the line `<!-- generated -->` of the page, and writes `docs/results-NAME-PICTURE.svg`. Every
+figure is read from the files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from merganser.report._bench import bench_document
 from merganser.report._record import Record
 
 COLOURS = "svg { --ink: #101112; --line: #a1a2a3; --ground: #fdfcfb; background: #fdfcfb }"
+MARK = "<!-- generated -->"
+SECTIONS = ("Result", "Cost and generalisation", "Number of models")
 USES = {"none": "-", "unlabelled": "inputs", "labelled": "labels"}
 
 
@@ -26,23 +29,27 @@ def main() -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="NAME=FILE", help="results.json of `merganser bench`")
-    parser.add_argument("--out", "-o", type=Path, required=True, help="start of the files' names")
+    parser.add_argument("--out", "-o", type=Path, required=True, help="the page, whose text stays")
     given = parser.parse_args()
     parts = []
     for word in given.results:
         name, _, file = word.partition("=")
         found = json.loads(Path(file).read_text(encoding="utf-8"))
         parts.append("\n".join(page(name, found, pictures(name, found, given.out))))
-    given.out.with_name(f"{given.out.name}-tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    text, mark, _ = given.out.read_text(encoding="utf-8").partition(MARK)
+    if not mark:
+        parser.error(f"{given.out} has no line {MARK}")
+    given.out.write_text(f"{text}{mark}\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def pictures(name: str, found: Mapping[str, Any], out: Path) -> list[tuple[str, str, str]]:
     """Writes the pictures; their files, titles and descriptions."""
     written = []
-    for section in bench_document(Record(found, name)).sections:
+    sections = bench_document(Record(found, name)).sections
+    for section in [section for section in sections if section.title in SECTIONS]:
         for picture in section.pictures:
             kind = re.sub(r"[^a-z]+", "-", picture.title.lower()).strip("-")
-            file = out.with_name(f"{out.name}-{name}-{kind}.svg")
+            file = out.with_name(f"{out.stem}-{name}-{kind}.svg")
             file.write_text(alone(picture.svg), encoding="utf-8")
             written.append((file.name, picture.title, picture.alt))
     return written
@@ -98,7 +105,7 @@ def labels_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:
 
 def shown(value: float | None, scale: float = 1) -> str:
     """A number with one digit behind the point."""
-    return "" if value is None or math.isnan(value) else f"{scale * value:.{1 if scale == 100 or value >= 1 else 2}f}"
+    return "" if not value or math.isnan(value) else f"{scale * value:.{1 if scale == 100 or value >= 1 else 2}f}"
 
 
 if __name__ == "__main__":
