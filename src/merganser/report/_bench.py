@@ -23,10 +23,11 @@ def bench_document(record: Record) -> Document:
     rows = [row for row in record.records("rows") if row.has("scores")]
     whole = [row for row in rows if not row.has("draw")]
     tasks = [task.text("name") for task in record.records("tasks")]
+    held_in = [task.text("name") for task in record.records("tasks") if task.text("role", "held_in") == "held_in"]
     suite, machine = record.record("suite"), record.record("machine")
     sections = [
         Section(
-            "Result", _result_text(record), (*_tables(summary), *_failures(record)), _per_task(summary, whole, tasks)
+            "Result", _result_text(record), (*_tables(summary), *_failures(record)), _per_task(summary, whole, held_in)
         ),
         Section("Cost and generalisation", (), (), (*_cost(summary), *_generalisation(summary))),
         Section("Number of models", (), (), _scaling(record.records("scaling"))),
@@ -107,7 +108,7 @@ def _failures(record: Record) -> tuple[Table, ...]:
 
 
 def _per_task(summary: Sequence[Record], rows: Sequence[Record], tasks: Sequence[str]) -> tuple[Picture, ...]:
-    """Bars of the first seed for the best merges, and every row's share of the experts on every task."""
+    """Bars of the first seed for the best merges, and every row's share of the experts, on tasks that have experts."""
     if not summary or not tasks:
         return ()
     ranked = sorted(summary, key=_rank, reverse=True)

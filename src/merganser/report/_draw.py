@@ -20,6 +20,8 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
 _MOST_TICKS = 24
+_MOST_ROWS = 60
+"""Names that the tallest drawing has room for."""
 _MOST_BANDS = 4
 """Series up to which intervals are shaded; of more they would cover one another."""
 _BESIDE = (
@@ -81,7 +83,7 @@ def heatmap(
     for side in panel.spines.values():
         side.set_visible(False)
     _category_ticks(panel.xaxis, columns, rotate=True)
-    _category_ticks(panel.yaxis, rows, rotate=False)
+    _category_ticks(panel.yaxis, rows, rotate=False, most=_MOST_ROWS)
     if wide * high <= 150:
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
@@ -238,9 +240,11 @@ def _log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _category_ticks(axis: Any, names: Sequence[str], *, rotate: bool, centre: float = 0.5) -> None:
-    """Names of categories; of many only every so many, the last always."""
-    step = max(1, math.ceil(len(names) / _MOST_TICKS))
+def _category_ticks(
+    axis: Any, names: Sequence[str], *, rotate: bool, centre: float = 0.5, most: int = _MOST_TICKS
+) -> None:
+    """Names of categories; of more than `most` only every so many."""
+    step = max(1, math.ceil(len(names) / most))
     shown = list(range(0, len(names), step))
     labels = [short(names[index], 30) for index in shown]
     slanted = rotate and sum(map(len, labels)) > 60
