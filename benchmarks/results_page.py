@@ -82,7 +82,7 @@ def page(name: str, found: Mapping[str, Any], drawn: Sequence[tuple[str, str, st
             shown(held["spread"], scale),
             shown(None if share is None else share["mean"], 100),
             shown(None if out is None else out["mean"], scale),
-            *(shown(row["seconds"][part]) for part in ("statistics", "merge", "tuning")),
+            *(shown(row["seconds"][part] or None) for part in ("statistics", "merge", "tuning")),
             str(labels[row["id"]] or ""),
             str(row["seeds"]),
         ]
@@ -105,7 +105,7 @@ def labels_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:
 
 def shown(value: float | None, scale: float = 1) -> str:
     """A number with one digit behind the point."""
-    return "" if not value or math.isnan(value) else f"{scale * value:.{1 if scale == 100 or value >= 1 else 2}f}"
+    return "" if value is None or math.isnan(value) else f"{scale * value:.{1 if scale == 100 or value >= 1 else 2}f}"
 
 
 if __name__ == "__main__":

@@ -93,9 +93,10 @@ def insert_ia3(model: torch.nn.Module, vectors: Tensors) -> torch.nn.Module:
         InputError: E0405, a vector is not that of a linear layer.
     """
     model.requires_grad_(False)
+    modules = dict(model.named_modules())
     for name, vector in vectors.items():
         path = _layer(name)
-        linear = dict(model.named_modules()).get(path)
+        linear = modules.get(path)
         if not isinstance(linear, torch.nn.Linear) or tuple(vector.shape) not in (
             (linear.out_features, 1),
             (1, linear.in_features),

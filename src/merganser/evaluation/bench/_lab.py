@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from torch import nn
 from merganser._version import __version__
 from merganser.errors import Place, RecipeError
 from merganser.evaluation._evaluator import Evaluator
-from merganser.evaluation._outcomes import Evaluation
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation._subject import open_subject, read_tensors
 from merganser.evaluation._tasks import Task, Tasks
@@ -27,6 +27,7 @@ from merganser.evaluation.bench._schema import SuiteTask, Training
 from merganser.evaluation.bench._splits import split_data
 from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
 from merganser.evaluation.bench._suite import Suite
+from merganser.evaluation.bench._vectors import OfVectors, ones
 from merganser.statistics import TABLES, Statistics, collect
 from merganser.statistics._models import ModelFolder, open_model
 from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, ia3_vectors, insert_ia3
@@ -60,18 +61,6 @@ class Expert:
     def merged(self) -> Path:
         """What a merge reads."""
         return self.vectors or self.model
-
-
-class _OfVectors(Evaluator):
-    """Measures merges of (IA)^3 vectors, folded into the base."""
-
-    def __init__(self, tasks: Tasks, base: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(tasks)
-        self._tensors = base
-
-    def measure(self, model: Any) -> Evaluation:
-        """The figures of the base with these vectors."""
-        return super().measure(fold_ia3(self._tensors, model))
 
 
 class Lab:
@@ -150,7 +139,7 @@ class Lab:
     def judge(self, experts: Sequence[Expert]) -> Evaluator:
         """What measures merges, of vectors if the experts have some, on the validation examples."""
         tasks = self.tasks("validation", experts)
-        return _OfVectors(tasks, read_tensors(self.base)) if experts[0].vectors else Evaluator(tasks)
+        return OfVectors(tasks, lambda state: self.whole(state, experts)) if experts[0].vectors else Evaluator(tasks)
 
     def losses(self, experts: Sequence[Expert], *, score: bool) -> Losses:
         """The loss of merges on batches of the validation examples, or its negative, differentiable in the weights.
@@ -176,16 +165,15 @@ class Lab:
         """The base of a merge: that of the experts, or vectors that change nothing."""
         if experts[0].vectors is None:
             return self.base
-        vectors = load_file(experts[0].vectors)
-        file = self.cache / "heads" / f"ones-{key(sorted((n, tuple(v.shape)) for n, v in vectors.items()))}.safetensors"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: torch.ones_like(vector) for name, vector in vectors.items()}, file)
-        return file
+        return ones(experts[0].vectors, self.cache / "heads")
 
     def whole(self, state: Mapping[str, torch.Tensor], experts: Sequence[Expert]) -> Mapping[str, torch.Tensor]:
         """The weights of a merge, which may have been one of vectors."""
-        return state if experts[0].vectors is None else fold_ia3(read_tensors(self.base), state)
+        return state if experts[0].vectors is None else fold_ia3(self._tensors, state)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.base)
 
     def examples(self, name: str, part: str, head: Path | None) -> Examples:
         """The items of a part of a task, as batches."""
@@ -307,7 +295,7 @@ class Lab:
             if training.method == "ia3":
                 vectors = {n: p.detach() for n, p in first.encoder.named_parameters() if n.endswith(IA3_SUFFIX)}
                 save_file(vectors, draft / VECTORS)
-                state = fold_ia3(read_tensors(self.base), vectors)
+                state = fold_ia3(self._tensors, vectors)
             else:
                 state = self.state_of(first.encoder)
             write_model(draft / "model", state, self.base)

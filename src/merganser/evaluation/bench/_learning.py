@@ -123,6 +123,7 @@ class Losses:
         whole: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
     ) -> None:
         self._networks = {name: network.requires_grad_(False) for name, network in networks.items()}
+        self._names = {name: network.state_dict().keys() for name, network in self._networks.items()}
         self._sign, self._whole = sign, whole
         self._sources = {name: examples.endless(size, f"losses/{name}") for name, examples in data.items()}
 
@@ -132,7 +133,7 @@ class Losses:
         losses = []
         for name, network in self._networks.items():
             inputs, labels = next(self._sources[name])
-            known = {key: value for key, value in weights.items() if key in network.state_dict()}
+            known = {key: value for key, value in weights.items() if key in self._names[name]}
             losses.append(loss(torch.func.functional_call(network, known, kwargs=inputs), labels))
         return self._sign * torch.stack(losses).mean()
 

@@ -98,8 +98,7 @@ def merge_row(
         plan = make_plan(recipe, threads=1, max_memory=None)  # which may measure the machine's speed: not counted
         with FlopCounter() as counter:
             states, _ = in_memory(plan)
-    written = sum(t.numel() * t.element_size() for state in states for t in state.values())
-    costs["merge"] = dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
+    costs["merge"] = _merge_cost(meter, counter, states)
     if recipe.constant_method().outputs(len(experts)) == tuple(range(len(experts))):
         own = [lab.whole(state, experts) for state in states]
         scores = {"scores": _summaries(_each_its_own(lab, own, experts))}
@@ -134,13 +133,14 @@ def _walked_row(
     with Meter() as meter, FlopCounter() as counter:
         found = merge(modules, base=base, method=entry.method, statistics=files, data=data, seed=seed, **entry.options)
     state = {name: found[name] for name in lab.names if name in found}
-    written = sum(t.numel() * t.element_size() for t in state.values())
-    costs = {
-        "statistics": measured.cost,
-        "merge": dataclasses.replace(meter.cost, bytes=written, flops=counter.total),
-        "tuning": Cost(),
-    }
+    costs = {"statistics": measured.cost, "merge": _merge_cost(meter, counter, [state]), "tuning": Cost()}
     return {**_scored(lab, state, experts), "options": dict(entry.options), "search": None, "cost": _plain(costs)}
+
+
+def _merge_cost(meter: Meter, counter: FlopCounter, states: Sequence[State]) -> Cost:
+    """What a merge took, and the bytes of what it made."""
+    written = sum(t.numel() * t.element_size() for state in states for t in state.values())
+    return dataclasses.replace(meter.cost, bytes=written, flops=counter.total)
 
 
 def _check_kinds(lab: Lab, entry: MethodEntry, models: int) -> None:
