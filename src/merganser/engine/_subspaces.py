@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merganser._random import uniforms
 from merganser._torch import torch
 from merganser.engine._executor import Executor
 from merganser.engine._tensor import Input, TensorPlan
+from merganser.kernels import uniforms
 from merganser.methods._combination import Matrix
 
 __all__ = ["Subspaces", "sample_matrices", "subspaces"]

@@ -1,8 +1,4 @@
-"""Arithmetic on blocks: comparisons and exact reductions, and with them selection by rank and random masks.
-
-A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`, or holds whole rows. Everything
-here gives the same bits for any block size and any number of threads.
-"""
+"""Comparisons and exact reductions of blocks."""
 
 from __future__ import annotations
 
@@ -14,54 +10,31 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from merganser._random import drop_mask, keep_mask, uniforms
-from merganser._ranks import (
-    Bracket,
-    RankCounter,
-    between,
-    key_dtype,
-    key_value,
-    magnitude_keys,
-    row_order,
-    signed_keys,
-    top_key,
-)
 from merganser._torch import torch
+from merganser.kernels._ranks import key_dtype
 
 __all__ = [
     "CHUNK",
-    "Bracket",
     "Partials",
-    "RankCounter",
     "at_least",
     "balance",
-    "between",
     "chunk_l1",
     "chunk_products",
     "chunk_squares",
     "compute_dtype",
     "count_nonfinite",
     "count_ones",
-    "drop_mask",
     "equal_to",
     "exact_sum",
     "first_nonfinite",
     "flip_",
-    "keep_mask",
-    "key_dtype",
-    "key_value",
-    "magnitude_keys",
     "mask_",
     "nonzero",
     "positions",
     "row_dots",
     "row_l1",
-    "row_order",
     "sign_bits_",
-    "signed_keys",
-    "top_key",
     "trim_below_",
-    "uniforms",
 ]
 
 _EXPONENTS = {"bfloat16": np.int16(0x7F80), "float16": np.int16(0x7C00)}

@@ -1,0 +1,83 @@
+"""Arithmetic on blocks: comparisons and exact reductions, selection by rank, random masks.
+
+A block is a flat run of elements of one tensor that begins at a multiple of `CHUNK`, or holds whole rows. Everything
+here gives the same bits for any block size and any number of threads.
+"""
+
+from __future__ import annotations
+
+from merganser.kernels._arithmetic import (
+    CHUNK,
+    Partials,
+    at_least,
+    balance,
+    chunk_l1,
+    chunk_products,
+    chunk_squares,
+    compute_dtype,
+    count_nonfinite,
+    count_ones,
+    equal_to,
+    exact_sum,
+    first_nonfinite,
+    flip_,
+    mask_,
+    nonzero,
+    positions,
+    row_dots,
+    row_l1,
+    sign_bits_,
+    trim_below_,
+)
+from merganser.kernels._random import (
+    drop_mask,
+    keep_mask,
+    uniforms,
+)
+from merganser.kernels._ranks import (
+    Bracket,
+    RankCounter,
+    between,
+    key_dtype,
+    key_value,
+    magnitude_keys,
+    row_order,
+    signed_keys,
+    top_key,
+)
+
+__all__ = [
+    "CHUNK",
+    "Bracket",
+    "Partials",
+    "RankCounter",
+    "at_least",
+    "balance",
+    "between",
+    "chunk_l1",
+    "chunk_products",
+    "chunk_squares",
+    "compute_dtype",
+    "count_nonfinite",
+    "count_ones",
+    "drop_mask",
+    "equal_to",
+    "exact_sum",
+    "first_nonfinite",
+    "flip_",
+    "keep_mask",
+    "key_dtype",
+    "key_value",
+    "magnitude_keys",
+    "mask_",
+    "nonzero",
+    "positions",
+    "row_dots",
+    "row_l1",
+    "row_order",
+    "sign_bits_",
+    "signed_keys",
+    "top_key",
+    "trim_below_",
+    "uniforms",
+]
