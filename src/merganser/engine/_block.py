@@ -61,8 +61,10 @@ class Reader:
         if self._progress is not None:
             self._progress(out.numel() * out.element_size(), source.name)
 
-    def load(self, source: Input, start: int, stop: int, target: torch.Tensor) -> torch.Tensor:
-        """Read elements into `target`, whatever its type and device.
+    def load(
+        self, source: Input, start: int, stop: int, target: torch.Tensor, minus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read elements into `target`, whatever its type and device, and subtract others from them.
 
         Raises:
             NumericError: E0601, a value is not finite.
@@ -70,13 +72,16 @@ class Reader:
         native = source.spec.dtype
         if native == target.dtype and target.device.type == "cpu":
             self.read(source, start, stop, target)
+            finite = kernels.convert(target, target, minus)
         else:
+            finite = True
             for first in range(start, stop, PIECE):
                 last = min(stop, first + PIECE)
                 raw = self.scratch.get("raw", last - first, native, torch.device("cpu"))
                 self.read(source, first, last, raw)
-                (target if last - first == stop - start else target[first - start : last - start]).copy_(raw)
-        if self.check_finite and source.spec.is_float and kernels.count_nonfinite(target):
+                part = slice(first - start, last - start)
+                finite &= kernels.convert(raw, target[part], None if minus is None else minus[part])
+        if self.check_finite and source.spec.is_float and not finite:
             raise nonfinite_input(source)
         return target
 
@@ -146,6 +151,9 @@ class StreamBlock(Block):
     def model(self, index: int, slot: int | None = None) -> torch.Tensor:
         return self._load(self._tensor.inputs[index], f"model {index if slot is None else slot}")
 
+    def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
+        return self._load(self._tensor.inputs[index], f"model {index if slot is None else slot}", minus=self.base)
+
     def buffer(self, name: str) -> torch.Tensor:
         return self._get(f"scratch {name}", self._tensor.dtype)
 
@@ -210,5 +218,5 @@ class StreamBlock(Block):
     def _get(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         return self._reader.scratch.get(key, self.key.stop - self.key.start, dtype, self._reader.device)
 
-    def _load(self, source: Input, key: str) -> torch.Tensor:
-        return self._reader.load(source, self.key.start, self.key.stop, self._get(key, self._tensor.dtype))
+    def _load(self, source: Input, key: str, minus: torch.Tensor | None = None) -> torch.Tensor:
+        return self._reader.load(source, self.key.start, self.key.stop, self._get(key, self._tensor.dtype), minus)

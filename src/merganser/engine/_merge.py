@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merganser import kernels
 from merganser._torch import torch
 from merganser.checkpoint import lay_out
 from merganser.engine._commit import FolderOutput
@@ -87,6 +88,10 @@ class _MemorySink:
         return None
 
 
+_COMPILED_FROM = 1 << 26
+"""Elements of all models from which on compiled loops are worth their start-up."""
+
+
 def execute(
     plan: Plan,
     sink: Sink,
@@ -116,6 +121,8 @@ def execute(
         InputError: an input changed while it was read.
     """
     executor = executor or LocalThreads(plan.threads)
+    if sum(tensor.spec.numel * len(tensor.inputs) for tensor in plan.tensors) >= _COMPILED_FROM:
+        kernels.accelerate()
     stream = Stream(
         executor,
         plan.block_elements,

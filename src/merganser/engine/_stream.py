@@ -225,11 +225,12 @@ class Stream:
         """Round the merged elements to the output type, piece by piece, and write them if they are finite."""
         values = values.reshape(-1)
         for first in range(0, values.numel(), PIECE):
-            piece = values[first : first + PIECE]
+            piece = target = values[first : first + PIECE]
             if piece.dtype != spec.dtype or piece.device.type != "cpu":
                 target = self.reader.scratch.get("out", piece.numel(), spec.dtype, torch.device("cpu"))
-                piece = target.copy_(piece)
-            if self.reader.check_finite and spec.is_float and kernels.count_nonfinite(piece):
+            finite = kernels.convert(piece, target)
+            piece = target
+            if self.reader.check_finite and spec.is_float and not finite:
                 raise NumericError(
                     "E0602",
                     f"merged values are not finite, although the inputs are: {kernels.count_nonfinite(piece)} of "

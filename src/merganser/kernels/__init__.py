@@ -29,6 +29,9 @@ from merganser.kernels._arithmetic import (
     sign_bits_,
     trim_below_,
 )
+from merganser.kernels._compiled import accelerate
+from merganser.kernels._convert import convert
+from merganser.kernels._disjoint import Disjoint, variance
 from merganser.kernels._random import (
     drop_mask,
     keep_mask,
@@ -41,6 +44,7 @@ from merganser.kernels._ranks import (
     key_dtype,
     key_value,
     magnitude_keys,
+    place_by_rank,
     row_order,
     signed_keys,
     top_key,
@@ -49,8 +53,10 @@ from merganser.kernels._ranks import (
 __all__ = [
     "CHUNK",
     "Bracket",
+    "Disjoint",
     "Partials",
     "RankCounter",
+    "accelerate",
     "at_least",
     "balance",
     "between",
@@ -58,6 +64,7 @@ __all__ = [
     "chunk_products",
     "chunk_squares",
     "compute_dtype",
+    "convert",
     "count_nonfinite",
     "count_ones",
     "drop_mask",
@@ -71,6 +78,7 @@ __all__ = [
     "magnitude_keys",
     "mask_",
     "nonzero",
+    "place_by_rank",
     "positions",
     "row_dots",
     "row_l1",
@@ -80,4 +88,5 @@ __all__ = [
     "top_key",
     "trim_below_",
     "uniforms",
+    "variance",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merganser._torch import torch
+from merganser.kernels._compiled import loops
 
 __all__ = ["drop_mask", "keep_mask", "uniforms"]
 
@@ -38,6 +39,10 @@ def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rat
     coarse = math.floor(drop_rate * 256)
     if coarse == 256:
         return torch.zeros(count, dtype=torch.uint8)
+    if (fast := loops()) is not None:
+        found = torch.empty(count, dtype=torch.uint8)
+        fast.drop(draws, coarse, (drop_rate * 256 - coarse) * 2.0**64, start, key[2], found.numpy())
+        return found
     mask = np.greater(draws, coarse)
     undecided = np.flatnonzero(draws == coarse)
     fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
@@ -62,6 +67,10 @@ def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch
     """
     key = _stream_key(seed, model, name, b"merganser keep")
     draws = _philox(key, np.dtype(np.uint8), start, probabilities.numel())
+    if (fast := loops(probabilities)) is not None and probabilities.dtype == torch.float32:
+        found = torch.empty(draws.size, dtype=torch.uint8)
+        fast.keep(draws, probabilities.numpy(), start, key[2], found.numpy())
+        return found
     wanted = probabilities.cpu().numpy()
     scaled = wanted * wanted.dtype.type(256)  # exact
     coarse = np.minimum(scaled, 255, out=scaled).astype(np.uint8)  # where it is 1, 255 leaves open what is then kept

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merganser._torch import torch
+from merganser.kernels._compiled import loops
 
 __all__ = [
     "Bracket",
@@ -18,6 +19,7 @@ __all__ = [
     "key_dtype",
     "key_value",
     "magnitude_keys",
+    "place_by_rank",
     "row_order",
     "signed_keys",
     "top_key",
@@ -69,6 +71,25 @@ def key_value(key: int, dtype: torch.dtype) -> float:
     """The number of type `dtype` whose key this is; the inverse of `magnitude_keys` and of `signed_keys`."""
     magnitude = float(torch.tensor([abs(key)], dtype=key_dtype(dtype)).view(dtype))
     return -magnitude if key < 0 else magnitude
+
+
+def place_by_rank(magnitudes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """For each entry of a matrix of finite magnitudes the step that belongs to its rank in its row.
+
+    Of equal magnitudes the first has the lower rank.
+
+    Args:
+        magnitudes: rows x n; may be overwritten.
+        steps: n numbers of the same type.
+
+    Complexity: O(rows n log n).
+    """
+    if (fast := loops(magnitudes, steps)) is not None and magnitudes.dtype == torch.float32:
+        found = torch.empty_like(magnitudes)
+        fast.place_by_rank(magnitudes.numpy(), steps.numpy(), found.numpy())
+        return found
+    order = row_order(magnitudes)
+    return magnitudes.scatter_(1, order, steps.expand_as(order))
 
 
 def row_order(magnitudes: torch.Tensor) -> torch.Tensor:
@@ -199,16 +220,44 @@ class RankCounter:
                 self.size += keys.numel()
             return
         below, first, inside = _split(keys, low, high)
-        index = (inside >> shift).long().sub_(low >> shift).cpu()
         with self._lock:
             self.below += below
             self.bins[0] += first
-            self.bins.index_add_(0, index, torch.ones_like(index))
+            _tally(inside, shift, low >> shift, self.bins)
             self.size += keys.numel()
+
+
+def _tally(keys: torch.Tensor, shift: int, lowest: int, bins: torch.Tensor) -> None:
+    """Count keys in bins of ``2^shift`` of them; the first bin has the number `lowest`."""
+    if (fast := loops(keys)) is not None:
+        fast.tally(keys.numpy(), shift, lowest, bins.numpy())
+        return
+    index = (keys >> shift).long().sub_(lowest).cpu()
+    bins.index_add_(0, index, torch.ones_like(index))
+
+
+class _Kept(threading.local):
+    """Room for what is found in a block, made once per thread."""
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, dtype=np.int32)
+
+    def of(self, count: int) -> npt.NDArray[np.int32]:
+        """An array of at least so many integers, uninitialised."""
+        if self._room.size < count:
+            self._room = np.empty(count, dtype=np.int32)
+        return self._room
+
+
+_kept = _Kept()
 
 
 def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
     """The numbers of keys below `low` and equal to it, and the keys in ``[low, high)``, or those that are not equal."""
+    if (fast := loops(keys)) is not None:
+        kept = _kept.of(keys.numel())
+        below, first, count = fast.split(keys.numpy(), low, high, kept)
+        return below, first, torch.from_numpy(kept[:count])
     if keys.device.type == "cpu":
         array = keys.numpy()
         upper = array >= low

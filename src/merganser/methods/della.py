@@ -132,9 +132,8 @@ def keep_probabilities(delta: torch.Tensor, shape: Sequence[int], density: float
         return torch.full_like(delta, density)
     places = max(1, math.prod(shape[2:]))
     magnitude = delta.abs().view(-1, ranked, places).transpose(1, 2).reshape(-1, ranked)
-    order = kernels.row_order(magnitude)
     steps = torch.linspace(density - epsilon, density + epsilon, ranked, dtype=delta.dtype, device=delta.device)
-    keep = magnitude.scatter_(1, order, steps.expand_as(order))
+    keep = kernels.place_by_rank(magnitude, steps)
     return keep.view(-1, places, ranked).transpose(1, 2).reshape(-1)
 
 

@@ -105,19 +105,11 @@ class Sce(Method, name="sce"):
 
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""
-        deltas = self._selected(block, state)
-        total, divisor = block.buffer("total").zero_(), block.buffer("divisor").zero_()
-        for delta, weight in zip(deltas, block.weights, strict=True):
-            total.add_(delta, alpha=weight)
-        negative = kernels.sign_bits_(block.buffer("sign").copy_(total.add_(0.0)))
-        total.zero_()
-        for delta, weight, share in zip(deltas, block.weights, state.shares[block.key.name], strict=True):
-            left = kernels.flip_(delta, negative).clamp_(min=0)
-            total.add_(left, alpha=weight * share)
-            divisor.add_(kernels.nonzero(left), alpha=weight * share)
-        # where nothing is left the sum is 0, whatever it is divided by
-        total.div_(divisor.clamp_(min=torch.finfo(divisor.dtype).tiny))
-        return kernels.flip_(total, negative).mul_(self.scale).add_(block.base)
+        shares, merged = state.shares[block.key.name], block.buffer("total")
+        sizes = [weight * share for weight, share in zip(block.weights, shares, strict=True)]
+        election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale)
+        election.merge(self._selected(block, state), block.base, merged)
+        return merged
 
 
 def _variances(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -126,11 +118,4 @@ def _variances(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
 
 def _variance(block: Block, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """The variance of the task vectors over the models, entry by entry, in a buffer."""
-    mean, variance, gap = block.buffer("mean").zero_(), block.buffer("variance").zero_(), block.buffer("gap")
-    for delta in deltas:
-        mean.add_(delta)
-    mean.div_(len(deltas))
-    for delta in deltas:
-        torch.sub(delta, mean, out=gap)
-        variance.addcmul_(gap, gap)
-    return variance.div_(len(deltas))
+    return kernels.variance(deltas, block.buffer("variance"))

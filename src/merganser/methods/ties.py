@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merganser import kernels
@@ -85,7 +85,7 @@ class Ties(Method, name="ties"):
             return replace(state, majority=1)
         sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
         share = _SAMPLE if sampled else 1.0
-        balances = context.each(lambda block: kernels.balance(self._trimmed(block, state)[1])[0], share=share)
+        balances = context.each(lambda block: self._balance(block, state), share=share)
         return replace(state, majority=_sign(sum(balance for _, balance in balances)))
 
     def _kept(self, numel: int, models: int) -> list[int]:
@@ -113,82 +113,34 @@ class Ties(Method, name="ties"):
             return {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
         return {name: tuple(Threshold(own.value) for (own,) in thresholds) for name, thresholds in found.items()}
 
-    def _trimmed(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The trimmed, weighted task vectors, and their sum."""
+    def _election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
+        return kernels.Disjoint(weights, [abs(w) for w in weights], take=self.merge_, zero=zero, scale=self.scale)
+
+    def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
+        """The task vectors, and the magnitude from which on entries are kept."""
         thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
-        total = block.buffer("total")
-        trimmed: list[torch.Tensor] = []
-        for index, (weight, threshold) in enumerate(zip(block.weights, thresholds, strict=True)):
-            delta = threshold.trim(block.delta(index), block.key)
-            if weight != 1:
-                delta.mul_(weight)
-            if len(trimmed) == 1:
-                torch.add(trimmed[0], delta, out=total)
-            elif trimmed:
-                total.add_(delta)
-            trimmed.append(delta)
-        return trimmed, total if len(trimmed) > 1 else total.copy_(trimmed[0])
+        vectors, floors = block.deltas(), [threshold.value for threshold in thresholds]
+        for index, threshold in enumerate(thresholds):
+            if threshold.quota is not None:
+                threshold.trim(vectors[index], block.key)
+                floors[index] = 0.0
+        return vectors, floors
+
+    def _balance(self, block: Block, state: TiesState) -> int:
+        """How many more sums of task vectors are positive than negative."""
+        vectors, floors = self._vectors(block, state)
+        return kernels.balance(self._election(block.weights, 1).total(vectors, floors, block.buffer("total")))[0]
 
     def merge(self, block: Block, state: TiesState) -> torch.Tensor:
         """The disjoint merge of one block."""
-        trimmed, total = self._trimmed(block, state)
-        cancelled = None
+        merged = block.buffer("total")
+        vectors, floors = self._vectors(block, state)
+        balance, doubtful = self._election(block.weights, state.majority).merge(vectors, block.base, merged, floors)
         if self.zero_sign == "majority":
-            balance, undecided = kernels.balance(total)
             block.note("balance", balance)
-            cancelled = self._cancelled(trimmed, undecided)
-        negative = kernels.sign_bits_(total)
-        if cancelled is not None:
-            block.doubt()
-            if state.majority < 0:
-                negative[kernels.positions(cancelled)] = torch.iinfo(negative.dtype).min
-            elif state.majority == 0:
-                for delta in trimmed:
-                    delta[kernels.positions(cancelled)] = 0
-        merged = kernels.flip_(self._disjoint(block, trimmed, negative), negative)
-        if self.scale != 1:
-            merged.mul_(self.scale)
-        return merged.add_(block.base)
-
-    def _cancelled(self, trimmed: list[torch.Tensor], undecided: torch.Tensor) -> torch.Tensor | None:
-        """The mask of entries that add up to exactly zero, of which one is not the last model's; None without any."""
-        if len(trimmed) < 2:
-            return None
-        kept = kernels.nonzero(trimmed[0])
-        for delta in trimmed[1:-1]:
-            kept.bitwise_or_(kernels.nonzero(delta))
-        kept.bitwise_and_(undecided)
-        return kept if kernels.count_ones(kept) else None
-
-    def _disjoint(self, block: Block, trimmed: list[torch.Tensor], negative: torch.Tensor) -> torch.Tensor:
-        """What is taken of the magnitudes of the entries with the elected sign."""
-        agreeing = [kernels.flip_(delta, negative).clamp_(min=0) for delta in trimmed]
-        result = agreeing[0]
-        if self.merge_ == "max":
-            for delta in agreeing[1:]:
-                torch.maximum(result, delta, out=result)
-            return result
-        divisor = self._divisor(block, agreeing) if self.merge_ == "mean" else None
-        for delta in agreeing[1:]:
-            result.add_(delta)
-        return result if divisor is None else result.div_(divisor)
-
-    def _divisor(self, block: Block, agreeing: list[torch.Tensor]) -> torch.Tensor | None:
-        """The sum of the weights of the models that agree; 1 where none does, and the sum of the entries is 0."""
-        sizes = [abs(weight) for weight in block.weights]
-        if len(sizes) == 1 and sizes[0] == 1:
-            return None
-        counted = block.buffer("counted")
-        if len(set(sizes)) == 1 and len(sizes) < 256:
-            votes = kernels.nonzero(agreeing[0])
-            for delta in agreeing[1:]:
-                votes.add_(kernels.nonzero(delta))
-            counted.copy_(votes.clamp_(min=1))
-            return counted if sizes[0] in (0, 1) else counted.mul_(sizes[0])
-        counted.zero_()
-        for delta, size in zip(agreeing, sizes, strict=True):
-            counted.add_(kernels.nonzero(delta), alpha=size)
-        return counted.masked_fill_(counted == 0, 1)
+            if doubtful:
+                block.doubt()
+        return merged
 
     def buffers(self, models: int) -> int:
         """One per model, and four for signs, magnitudes, counts and masks."""
