@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,10 +194,47 @@ def test_counts_around_an_interval(values: list[int], low: int, width: int) -> N
 def test_tensors_that_loops_cannot_take() -> None:
     with accelerated(True):
         assert _compiled.loops(torch.zeros(3, dtype=torch.float64)) is None
+        assert _compiled.loops(torch.zeros(3, dtype=torch.bfloat16)) is None
+        assert _compiled.loops(torch.zeros(3), torch.zeros(3, dtype=torch.int32)) is None
+        assert _compiled.loops(torch.zeros(3, dtype=torch.int32), dtype=torch.int32) is not None
         assert _compiled.loops(torch.zeros(4, 4).T) is None
         assert _compiled.loops(torch.zeros(3)) is not None
     with accelerated(False):
         assert _compiled.loops(torch.zeros(3)) is None
+
+
+def test_ranks_of_rows_that_are_not_finite() -> None:
+    magnitudes = random(400, 0).abs().view(4, 100)
+    magnitudes[1, 7], magnitudes[2, 3] = torch.inf, torch.nan
+    steps = torch.linspace(0.1, 0.9, 100)
+    results = []
+    for on in (False, True):
+        with accelerated(on):
+            results.append(kernels.place_by_rank(magnitudes.clone(), steps))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("error", [ImportError("Numba needs NumPy 2.3 or less"), RuntimeError("no locator available")])
+def test_numba_that_does_not_work_here_is_not_used(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "merganser.kernels._loops":
+                raise error
+
+    with accelerated(False):
+        monkeypatch.delitem(sys.modules, "merganser.kernels._loops", raising=False)
+        monkeypatch.delattr("merganser.kernels._loops", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+        assert not kernels.accelerate()
+        assert _compiled.loops(torch.zeros(3)) is None
+
+
+def test_settings_in_the_current_directory_are_not_obeyed(tmp_path: Path) -> None:
+    (tmp_path / ".numba_config.yaml").write_text("cache_dir: evil\n")
+    code = "import sys; from merganser import kernels; print(kernels.accelerate(), 'numba' in sys.modules)"
+    for folder, expected in ((tmp_path, "False False"), (tmp_path.parent, "True True")):
+        found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
 
 
 def test_radix_sort_behind_the_insertion_sort() -> None:

@@ -79,7 +79,7 @@ def _extras() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("transformers", "peft", "huggingface_hub", "optuna", "ray"):
+    for name in ("transformers", "peft", "huggingface_hub", "optuna", "ray", "numba"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -225,11 +225,10 @@ class Stream:
         """Round the merged elements to the output type, piece by piece, and write them if they are finite."""
         values = values.reshape(-1)
         for first in range(0, values.numel(), PIECE):
-            piece = target = values[first : first + PIECE]
-            if piece.dtype != spec.dtype or piece.device.type != "cpu":
-                target = self.reader.scratch.get("out", piece.numel(), spec.dtype, torch.device("cpu"))
-            finite = kernels.convert(piece, target)
-            piece = target
+            merged = piece = values[first : first + PIECE]
+            if merged.dtype != spec.dtype or merged.device.type != "cpu":
+                piece = self.reader.scratch.get("out", merged.numel(), spec.dtype, torch.device("cpu"))
+            finite = kernels.convert(merged, piece)
             if self.reader.check_finite and spec.is_float and not finite:
                 raise NumericError(
                     "E0602",

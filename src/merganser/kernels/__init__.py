@@ -20,13 +20,11 @@ from merganser.kernels._arithmetic import (
     equal_to,
     exact_sum,
     first_nonfinite,
-    flip_,
     mask_,
     nonzero,
     positions,
     row_dots,
     row_l1,
-    sign_bits_,
     trim_below_,
 )
 from merganser.kernels._compiled import accelerate
@@ -45,7 +43,6 @@ from merganser.kernels._ranks import (
     key_value,
     magnitude_keys,
     place_by_rank,
-    row_order,
     signed_keys,
     top_key,
 )
@@ -71,7 +68,6 @@ __all__ = [
     "equal_to",
     "exact_sum",
     "first_nonfinite",
-    "flip_",
     "keep_mask",
     "key_dtype",
     "key_value",
@@ -82,8 +78,6 @@ __all__ = [
     "positions",
     "row_dots",
     "row_l1",
-    "row_order",
-    "sign_bits_",
     "signed_keys",
     "top_key",
     "trim_below_",

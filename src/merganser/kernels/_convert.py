@@ -15,16 +15,14 @@ def convert(values: torch.Tensor, out: torch.Tensor, minus: torch.Tensor | None 
     Returns:
         Whether all values are finite in that type.
     """
-    if values is not out and (fast := loops(values, out)) is not None:
-        if values.dtype == torch.bfloat16 and out.dtype == torch.float32:
-            raw = values.view(torch.uint16).numpy()
-            if minus is None:
-                return bool(fast.widen(raw, out.numpy()))
-            if minus.is_contiguous():
-                return bool(fast.widen_less(raw, minus.numpy(), out.numpy()))
-        narrowing = values.dtype == torch.float32 and out.dtype == torch.bfloat16 and minus is None
-        if narrowing and fast.narrow(values.numpy(), out.view(torch.uint16).numpy()):
-            return True
+    fast = loops(out, *([] if minus is None else [minus]))
+    if fast is not None and loops(values, dtype=torch.bfloat16) is not None:
+        raw = values.view(torch.uint16).numpy()
+        return bool(fast.widen(raw, out.numpy()) if minus is None else fast.widen_less(raw, minus.numpy(), out.numpy()))
+    fast = loops(values) if minus is None else None
+    narrowing = fast is not None and loops(out, dtype=torch.bfloat16) is not None
+    if fast is not None and narrowing and fast.narrow(values.numpy(), out.view(torch.uint16).numpy()):
+        return True
     if values is not out:
         out.copy_(values)
     finite = not out.is_floating_point() or not count_nonfinite(out)

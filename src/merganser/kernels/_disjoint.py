@@ -85,7 +85,7 @@ class Disjoint:
             cancelled.bitwise_or_(nonzero(vector))
         cancelled.bitwise_and_(undecided)
         doubtful = len(vectors) > 1 and count_ones(cancelled) > 0
-        negative = sign_bits_(total.add_(0.0)).clone()
+        negative = sign_bits_(total.add_(0.0))
         if doubtful and self.zero < 0:
             negative[positions(cancelled)] = torch.iinfo(negative.dtype).min
         elif doubtful and self.zero == 0:
@@ -117,8 +117,10 @@ class Disjoint:
                 trim_below_(vector, floor)
             if weight != 1:
                 vector.mul_(weight)
-        out.copy_(vectors[0])
-        for vector in vectors[1:]:
+        if len(vectors) == 1:
+            return out.copy_(vectors[0])
+        torch.add(vectors[0], vectors[1], out=out)
+        for vector in vectors[2:]:
             out.add_(vector)
         return out
 

@@ -67,7 +67,7 @@ def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch
     """
     key = _stream_key(seed, model, name, b"merganser keep")
     draws = _philox(key, np.dtype(np.uint8), start, probabilities.numel())
-    if (fast := loops(probabilities)) is not None and probabilities.dtype == torch.float32:
+    if (fast := loops(probabilities)) is not None:
         found = torch.empty(draws.size, dtype=torch.uint8)
         fast.keep(draws, probabilities.numpy(), start, key[2], found.numpy())
         return found

@@ -74,7 +74,7 @@ def key_value(key: int, dtype: torch.dtype) -> float:
 
 
 def place_by_rank(magnitudes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """For each entry of a matrix of finite magnitudes the step that belongs to its rank in its row.
+    """For each entry of a matrix of magnitudes the step that belongs to its rank in its row.
 
     Of equal magnitudes the first has the lower rank.
 
@@ -84,7 +84,7 @@ def place_by_rank(magnitudes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor
 
     Complexity: O(rows n log n).
     """
-    if (fast := loops(magnitudes, steps)) is not None and magnitudes.dtype == torch.float32:
+    if (fast := loops(magnitudes, steps)) is not None and math.isfinite(float(magnitudes.max())):
         found = torch.empty_like(magnitudes)
         fast.place_by_rank(magnitudes.numpy(), steps.numpy(), found.numpy())
         return found
@@ -229,7 +229,7 @@ class RankCounter:
 
 def _tally(keys: torch.Tensor, shift: int, lowest: int, bins: torch.Tensor) -> None:
     """Count keys in bins of ``2^shift`` of them; the first bin has the number `lowest`."""
-    if (fast := loops(keys)) is not None:
+    if (fast := loops(keys, dtype=torch.int32)) is not None:
         fast.tally(keys.numpy(), shift, lowest, bins.numpy())
         return
     index = (keys >> shift).long().sub_(lowest).cpu()
@@ -254,7 +254,7 @@ _kept = _Kept()
 
 def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
     """The numbers of keys below `low` and equal to it, and the keys in ``[low, high)``, or those that are not equal."""
-    if (fast := loops(keys)) is not None:
+    if (fast := loops(keys, dtype=torch.int32)) is not None:
         kept = _kept.of(keys.numel())
         below, first, count = fast.split(keys.numpy(), low, high, kept)
         return below, first, torch.from_numpy(kept[:count])
