@@ -88,7 +88,7 @@ class _MemorySink:
         return None
 
 
-_COMPILED_FROM = 1 << 26
+_COMPILED_FROM = 1 << 28
 """Elements of all models from which on compiled loops are worth their start-up."""
 
 
