@@ -29,6 +29,7 @@ __all__ = [
     "first_nonfinite",
     "flip_",
     "mask_",
+    "next_above",
     "nonzero",
     "positions",
     "row_dots",
@@ -68,6 +69,11 @@ def trim_below_(x: torch.Tensor, threshold: float) -> torch.Tensor:
     wall = torch.tensor(threshold, dtype=x.dtype)
     below = torch.nextafter(wall, torch.zeros_like(wall)).item()
     return torch.hardshrink(x, below, out=x)
+
+
+def next_above(value: float, dtype: torch.dtype) -> float:
+    """The smallest number of a type above a number of that type."""
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)).item()
 
 
 def nonzero(x: torch.Tensor) -> torch.Tensor:

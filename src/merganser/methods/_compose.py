@@ -20,7 +20,7 @@ class AsMerged(Context):
     """Passes whose blocks are always those of the merge.
 
     For a method inside another one that needs more tensors whole than it does: what it learns of a block in a pass
-    (`Threshold.before`) it must find again when it merges that block.
+    (`Threshold.ties`) it must find again when it merges that block.
     """
 
     def __init__(self, inner: Context) -> None:

@@ -24,24 +24,38 @@ Values = Callable[[Block, Sequence[int]], "Iterator[torch.Tensor]"]
 class Threshold:
     """What is kept of one model's task vector: the magnitudes from `value` on.
 
-    With a `quota`, only that many of the entries that equal `value` are kept, those of lowest position; `before`
-    counts the equal ones in earlier blocks.
+    Where not all entries that equal `value` are kept, `ties` says how many of every block's are: those of lowest
+    position.
+
+    Attributes:
+        value: the smallest magnitude that is kept.
+        ties: for every block how many of its entries that equal `value` are kept, and how many there are; None if all
+            are kept.
     """
 
     value: float
-    quota: int | None = None
-    before: Mapping[BlockKey, int] = field(default_factory=dict)
+    ties: Mapping[BlockKey, tuple[int, int]] | None = None
+
+    def floor(self, key: BlockKey, dtype: torch.dtype) -> float | None:
+        """From which magnitude on the entries of a block are kept; None if only some of those that equal `value` are.
+
+        Args:
+            key: the block.
+            dtype: of its entries.
+        """
+        kept, equal = (0, 0) if self.ties is None else self.ties[key]
+        if kept == equal or not self.value:
+            return self.value
+        return None if kept else kernels.next_above(self.value, dtype)
 
     def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
         """Set the entries that are not kept to zero, in place."""
-        if self.value > 0:
-            tied = None
-            if self.quota is not None:
-                tied = kernels.positions(kernels.equal_to(delta.abs(), self.value))
-            kernels.trim_below_(delta, self.value)
-            if tied is not None:
-                delta[tied[max(0, (self.quota or 0) - self.before[key]) :]] = 0
-        return delta
+        floor = self.floor(key, delta.dtype)
+        if floor is None and self.ties is not None:
+            tied = kernels.positions(kernels.equal_to(delta.abs(), self.value))
+            delta[tied[self.ties[key][0] :]] = 0
+            floor = self.value
+        return kernels.trim_below_(delta, floor) if floor else delta
 
 
 def task_vectors(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -84,24 +98,27 @@ def exact_thresholds(
 
 @dataclass
 class Tally:
-    """The numbers of magnitudes above a value and equal to it, block by block."""
+    """The number of magnitudes above a value, and of those equal to it in every block."""
 
     above: int = 0
-    equal: int = 0
-    before: dict[BlockKey, int] = field(default_factory=dict)
+    equal: dict[BlockKey, int] = field(default_factory=dict)
 
     def add(self, key: BlockKey, above: int, equal: int) -> None:
         """Count the next block."""
-        self.before[key] = self.equal
         self.above += above
-        self.equal += equal
+        self.equal[key] = equal
 
     def threshold(self, value: float, kept: int) -> Threshold:
         """What keeps that many entries."""
         if not kept:
             return Threshold(float("inf"))
-        quota = kept - self.above
-        return Threshold(value) if quota >= self.equal else Threshold(value, quota=quota, before=self.before)
+        left, ties = kept - self.above, {}
+        if left >= sum(self.equal.values()):
+            return Threshold(value)
+        for key, equal in self.equal.items():
+            ties[key] = min(equal, left), equal
+            left -= ties[key][0]
+        return Threshold(value, ties)
 
 
 def _count_around(block: Block, limits: Sequence[Sequence[float]], values: Values) -> list[list[tuple[int, int]]]:

@@ -188,5 +188,6 @@ def _interval(sample: Array, share: float) -> Interval:
     high = math.ceil((1 - share + margin) * sample.size)
     return (
         float(sample[low]) if low >= 0 else 0.0,
-        float(sample[high]) if high < sample.size else math.inf,
+        # the upper one of the sample is inside, too: where many magnitudes are equal it may be the threshold itself
+        float(np.nextafter(sample[high], np.inf)) if high < sample.size else math.inf,
     )

@@ -119,11 +119,12 @@ class Ties(Method, name="ties"):
     def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
         """The task vectors, and the magnitude from which on entries are kept."""
         thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
-        vectors, floors = block.deltas(), [threshold.value for threshold in thresholds]
-        for index, threshold in enumerate(thresholds):
-            if threshold.quota is not None:
-                threshold.trim(vectors[index], block.key)
-                floors[index] = 0.0
+        vectors, floors = block.deltas(), []
+        for vector, threshold in zip(vectors, thresholds, strict=True):
+            floor = threshold.floor(block.key, vector.dtype)
+            if floor is None:
+                threshold.trim(vector, block.key)
+            floors.append(floor or 0.0)
         return vectors, floors
 
     def _balance(self, block: Block, state: TiesState) -> int:
