@@ -28,8 +28,6 @@ from typing import Any
 
 from benchmarks.merge_speed import Run, make_models, median, mergekit_python
 
-FINETUNES = 8
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -261,7 +259,9 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.models
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {name: make_models(options.tool, folder, name, FINETUNES, "500MB") for name in (options.size, "tiny")}
+    chosen = [pair for pair in pairs(options.only) if pair.method not in options.skip]
+    most = max(pair.models for pair in chosen)
+    sides = {name: make_models(options.tool, folder, name, most, "500MB") for name in (options.size, "tiny")}
     kit = mergekit_python(options.mergekit, folder)
     runs = {"merge": options.runs, "start-up": options.runs}
     runs |= {"mergekit": options.mergekit_runs, "mergekit start-up": options.mergekit_runs}
@@ -283,9 +283,7 @@ def main() -> None:
             options.limit,
             options.threads,
         )
-        for pair in pairs(options.only):
-            if pair.method in options.skip:
-                continue
+        for pair in chosen:
             try:
                 line, table[pair.label] = row(pair, rig.measure(pair, runs))
             except (RuntimeError, ValueError) as error:

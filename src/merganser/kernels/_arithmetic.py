@@ -91,7 +91,7 @@ def count_ones(mask: torch.Tensor) -> int:
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """The indices of the ones of a flat mask (uint8)."""
     if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+        return torch.from_numpy(np.flatnonzero(mask.numpy().view(np.bool_)))  # ten times faster than of integers
     return torch.nonzero(mask).view(-1)
 
 

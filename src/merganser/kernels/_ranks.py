@@ -132,7 +132,7 @@ def _coarse_row_order(keys: npt.NDArray[np.int32]) -> npt.NDArray[np.int64] | No
     packed |= np.arange(width, dtype=np.int32)
     packed |= fine.view(np.uint8) * np.int32(lost)
     packed.view(np.float32).sort(axis=1)
-    again = np.flatnonzero(packed & lost)
+    again = np.flatnonzero((packed & lost) != 0)
     order: npt.NDArray[np.int64] = (packed & position).astype(np.int64)
     if again.size:
         row = again // width
