@@ -238,13 +238,13 @@ def test_settings_in_the_current_directory_are_not_obeyed(tmp_path: Path) -> Non
 
 
 def test_radix_sort_behind_the_insertion_sort() -> None:
-    from merganser.kernels import _loops
+    from merganser.kernels._loops import _ranks
 
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 1 << 31, 3000, dtype=np.uint64) >> np.uint64(20)
     items = (keys << np.uint64(32)) | np.arange(3000, dtype=np.uint64)
     expected = np.sort(items)
-    assert not _loops._insertion_sort(items.copy(), 100)
-    np.testing.assert_array_equal(_loops._radix_sort(items.copy(), np.empty_like(items)), expected)
-    assert _loops._insertion_sort(items, 1 << 40)
+    assert not _ranks._insertion_sort(items.copy(), 100)
+    np.testing.assert_array_equal(_ranks._radix_sort(items.copy(), np.empty_like(items)), expected)
+    assert _ranks._insertion_sort(items, 1 << 40)
     np.testing.assert_array_equal(items, expected)

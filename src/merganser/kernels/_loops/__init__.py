@@ -1,0 +1,13 @@
+"""Loops that Numba compiles. They give the bits of the functions in torch and numpy that call them, in fewer passes.
+
+Compiled code is kept beside these files, or in the user's cache where that cannot be written. Nothing is reordered and
+no multiplication is contracted with an addition, so a loop rounds as its description says. The interpreter lock is
+released.
+"""
+
+from merganser.kernels._loops._convert import narrow, widen, widen_less
+from merganser.kernels._loops._disjoint import disjoint, variance
+from merganser.kernels._loops._random import drop, keep
+from merganser.kernels._loops._ranks import place_by_rank, split, tally
+
+__all__ = ["disjoint", "drop", "keep", "narrow", "place_by_rank", "split", "tally", "variance", "widen", "widen_less"]
