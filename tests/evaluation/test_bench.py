@@ -17,6 +17,7 @@ import merganser as mg
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench import read_suite
 from merganser.evaluation.bench._baselines import ensemble as ensemble_of
+from merganser.evaluation.bench._experts import make_expert
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._learning import Losses
 from merganser.evaluation.bench._pretraining import prepared_lab
@@ -154,7 +155,7 @@ def test_a_row_is_what_merge_and_evaluate_give(finished: tuple[Path, dict[str, A
 def test_the_loss_of_merged_weights_is_differentiable(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     folder, suite, _ = finished
     lab = prepared_lab(read_suite(suite, data=folder), folder / "out" / "cache")
-    experts = [lab.expert(name, 0) for name in ("one", "two", "three")]
+    experts = [make_expert(lab, name, 0) for name in ("one", "two", "three")]
     networks = {e.task: lab.network(e.model, e.head) for e in experts}
     data = {e.task: lab.examples(e.task, "validation", e.head) for e in experts}
     losses = Losses(networks, data, size=10, whole=lambda state: state)  # of all items
@@ -254,7 +255,7 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
     ensemble, own = (rows[name]["scores"]["a"]["value"] for name in ("ensemble", "experts"))
     assert rows["base"]["scores"]["a"]["value"] < ensemble < own
     lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
-    assert ensemble_of(lab, [lab.expert("a", 0)] * 2)["a"].value == pytest.approx(own, rel=1e-6)
+    assert ensemble_of(lab, [make_expert(lab, "a", 0)] * 2)["a"].value == pytest.approx(own, rel=1e-6)
     assert rows["regmean"]["held_out"]["normalised"] is None
     expert = next((tmp_path / "out" / "cache" / "experts").glob("a-*")) / "model"
     base, tuned = (mg.open_checkpoint(str(p)) for p in (tmp_path / "base", expert))
@@ -374,7 +375,7 @@ def test_experts_are_vectors(tmp_path: Path) -> None:
     assert list(failed) == ["output_matching seed 0"]
     assert "(IA)^3" in failed["output_matching seed 0"]
     lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
-    experts = [lab.expert(name, 0) for name in ("one", "two", "three")]
+    experts = [make_expert(lab, name, 0) for name in ("one", "two", "three")]
     base = read_tensors(lab.base)
     vectors = [load_file(e.merged) for e in experts]
     assert {tuple(v.shape) for v in vectors[0].values()} == {(16, 1), (1, 24)}

@@ -15,7 +15,8 @@ from merganser.evaluation._outcomes import Outcomes
 from merganser.evaluation._perplexity import log_likelihoods
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation._tasks import Tasks
-from merganser.evaluation.bench._lab import Expert, Lab
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._lab import Lab
 from merganser.evaluation.bench._learning import Examples, Network, distil
 from merganser.statistics._losses import IGNORED
 

@@ -15,7 +15,8 @@ from merganser._version import __version__
 from merganser.errors import MerganserError
 from merganser.evaluation._cost import Cost
 from merganser.evaluation._tuned import described
-from merganser.evaluation.bench._lab import Expert
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._experts import make_expert
 from merganser.evaluation.bench._pretraining import prepared_lab
 from merganser.evaluation.bench._results import document, finished_row
 from merganser.evaluation.bench._rows import (
@@ -81,7 +82,9 @@ class _Run:
     def _seed(self, seed: int) -> None:
         experts = []
         for name in self._settings.tasks:
-            found = self._step(f"expert {name} seed {seed}", None, functools.partial(self._lab.expert, name, seed))
+            found = self._step(
+                f"expert {name} seed {seed}", None, functools.partial(make_expert, self._lab, name, seed)
+            )
             experts += [found] if isinstance(found, Expert) else []
         if not experts:
             return

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +19,18 @@ from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation._subject import open_subject, read_tensors
 from merganser.evaluation._tasks import Task, Tasks
-from merganser.evaluation.bench._base import write_model
-from merganser.evaluation.bench._learning import Examples, Losses, Network, train
-from merganser.evaluation.bench._schema import SuiteTask, Training
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._learning import Examples, Losses, Network
+from merganser.evaluation.bench._schema import SuiteTask
 from merganser.evaluation.bench._splits import split_data
-from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
+from merganser.evaluation.bench._store import file_digest, key
 from merganser.evaluation.bench._suite import Suite
 from merganser.evaluation.bench._vectors import OfVectors, ones
 from merganser.statistics import TABLES, Statistics, collect
 from merganser.statistics._models import ModelFolder, open_model
-from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, ia3_vectors, insert_ia3
+from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, insert_ia3
 
-__all__ = ["Expert", "Lab"]
-
-VECTORS = "ia3.safetensors"
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A fine-tuned model.
-
-    Attributes:
-        task: its task.
-        model: its folder.
-        head: its head: a linear layer's file, or a folder; None where the model's own head answers.
-        digest: of its weights.
-        seconds: of training.
-        vectors: the file of its (IA)^3 vectors, which are merged instead of its weights; they are folded into `model`.
-    """
-
-    task: str
-    model: Path
-    head: Path | None
-    digest: str
-    seconds: float
-    vectors: Path | None = None
-
-    @property
-    def merged(self) -> Path:
-        """What a merge reads."""
-        return self.vectors or self.model
+__all__ = ["Lab", "linear_head"]
 
 
 class Lab:
@@ -169,10 +139,11 @@ class Lab:
 
     def whole(self, state: Mapping[str, torch.Tensor], experts: Sequence[Expert]) -> Mapping[str, torch.Tensor]:
         """The weights of a merge, which may have been one of vectors."""
-        return state if experts[0].vectors is None else fold_ia3(self._tensors, state)
+        return state if experts[0].vectors is None else fold_ia3(self.tensors, state)
 
     @functools.cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights of the base."""
         return read_tensors(self.base)
 
     def examples(self, name: str, part: str, head: Path | None) -> Examples:
@@ -187,11 +158,8 @@ class Lab:
         subject = open_subject(model, self.base, None)
         if head is None:
             return Network(subject.model("network"), None, self.settings.pooling).eval()
-        tensors = load_file(head)
-        layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-        layer.load_state_dict(tensors)
         encoder = subject.encoder("network", pooler=self.settings.pooling == "pooler")
-        return Network(encoder, layer, self.settings.pooling).eval()
+        return Network(encoder, linear_head(head), self.settings.pooling).eval()
 
     def state_of(self, encoder: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of a module, under the names of the base."""
@@ -221,100 +189,6 @@ class Lab:
         lines = [line for file in self.parts(name).values() for line in file.read_text(encoding="utf-8").splitlines()]
         return 1 + max(int(json.loads(line)["label"]) for line in lines)
 
-    def expert(self, name: str, seed: int) -> Expert:
-        """The expert of a task: as given, or fine-tuned once."""
-        entry = self.entry(name)
-        if entry.expert is not None:
-            folder = self.suite.data / entry.expert
-            head = None if entry.head is None else self.suite.data / entry.head
-            return Expert(name, folder, head, file_digest(folder), 0.0)
-        start = self.fresh_head(name, seed)
-        made_with = key(
-            file_digest(self.parts(name)["train"], self.base),
-            self.settings.training.identity(),
-            seed,
-            self.settings.pooling,
-            self.settings.max_length,
-            __version__,
-        )
-        folder = self.cache / "experts" / f"{name}-{made_with}"
-        if not folder.is_dir():
-            self.fine_tune({name: start}, self.settings.training, self.settings.training.steps, seed, folder)
-        meta = read_json(folder / "meta.json")
-        head, vectors = folder / f"{name}.safetensors", folder / VECTORS
-        return Expert(
-            name,
-            folder / "model",
-            head if head.exists() else None,
-            meta["digest"],
-            meta["seconds"],
-            vectors if vectors.exists() else None,
-        )
-
-    def multitask(self, seed: int) -> list[Expert]:
-        """One model that was fine-tuned on all tasks together, with a head for each."""
-        names, training = list(self.settings.tasks), self.settings.training
-        steps = self.settings.baseline_training.multitask_steps or training.steps * len(names)
-        made_with = key(
-            [file_digest(self.parts(n)["train"]) for n in names],
-            file_digest(self.base),
-            training.identity(),
-            steps,
-            seed,
-            self.settings.pooling,
-            self.settings.max_length,
-            __version__,
-        )
-        folder = self.cache / "experts" / f"multitask-{made_with}"
-        if not folder.is_dir():
-            self.fine_tune({n: self.fresh_head(n, seed) for n in names}, training, steps, seed, folder)
-        meta = read_json(folder / "meta.json")
-        heads = {n: folder / f"{n}.safetensors" for n in names}
-        return [
-            Expert(n, folder / "model", heads[n] if heads[n].exists() else None, meta["digest"], meta["seconds"])
-            for n in names
-        ]
-
-    def fine_tune(
-        self, heads: Mapping[str, Path | None], training: Training, steps: int, seed: int, folder: Path
-    ) -> None:
-        """Train a model on some tasks, from the base and the given heads, and write it to a folder."""
-        began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            first = self.network(self.base, next(iter(heads.values())))
-            networks = {
-                name: first if index == 0 else self._beside(first, head)
-                for index, (name, head) in enumerate(heads.items())
-            }
-            data = {name: self.examples(name, "train", head) for name, head in heads.items()}
-            if training.method == "ia3":
-                insert_ia3(first.encoder, ia3_vectors(first.encoder, training.outputs, training.inputs))
-            train(networks, data, training, steps, seed)
-        with written_whole(folder) as draft:
-            if training.method == "ia3":
-                vectors = {n: p.detach() for n, p in first.encoder.named_parameters() if n.endswith(IA3_SUFFIX)}
-                save_file(vectors, draft / VECTORS)
-                state = fold_ia3(self._tensors, vectors)
-            else:
-                state = self.state_of(first.encoder)
-            write_model(draft / "model", state, self.base)
-            for name, network in networks.items():
-                if network.head is not None:
-                    layer = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
-                    save_file(layer, draft / f"{name}.safetensors")
-            digest = file_digest(draft / "model")
-            write_json(draft / "meta.json", {"digest": digest, "seconds": time.perf_counter() - began, "steps": steps})
-
-    def _beside(self, network: Network, head: Path | None) -> Network:
-        """The same encoder with another head."""
-        if head is None:
-            return network
-        tensors = load_file(head)
-        layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-        layer.load_state_dict(tensors)
-        return Network(network.encoder, layer, self.settings.pooling)
-
     def statistics(self, expert: Expert) -> Path:
         """The statistics file of an expert, collected once."""
         wanted = self.settings.statistics
@@ -335,6 +209,14 @@ class Lab:
             file.parent.mkdir(parents=True, exist_ok=True)
             (found if network.head is None else _of_encoder(found)).save(file, overwrite=True)
         return file
+
+
+def linear_head(file: Path) -> nn.Linear:
+    """The linear layer that a file holds."""
+    tensors = load_file(file)
+    layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+    layer.load_state_dict(tensors)
+    return layer
 
 
 def _width(config: Mapping[str, Any]) -> int:

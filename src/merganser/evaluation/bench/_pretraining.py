@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench._base import prepare_base, write_model
+from merganser.evaluation.bench._experts import fine_tune
 from merganser.evaluation.bench._lab import Lab
 from merganser.evaluation.bench._schema import SuiteTask
 from merganser.evaluation.bench._store import file_digest, key, written_whole
@@ -48,7 +49,7 @@ def _pretrained(suite: Suite, cache: Path, start: Path, files: Sequence[str], st
     if not folder.is_dir():
         draft = cache / "base" / f"training-{made_with}"
         heads = {name: lab.fresh_head(name, 0) for name in tasks}
-        lab.fine_tune(heads, settings.training, steps, 0, draft)
+        fine_tune(lab, heads, settings.training, steps, 0, draft)
         with written_whole(folder) as empty:
             write_model(empty, read_tensors(draft / "model"), start)
     return folder

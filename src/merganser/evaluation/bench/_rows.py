@@ -17,8 +17,10 @@ from merganser.evaluation._outcomes import Outcomes
 from merganser.evaluation._space import space_of
 from merganser.evaluation._tuning import Tuning, tune_recipe
 from merganser.evaluation.bench._baselines import composed, distilled, ensemble, held_out
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._experts import make_multitask
 from merganser.evaluation.bench._flops import FlopCounter
-from merganser.evaluation.bench._lab import Expert, Lab
+from merganser.evaluation.bench._lab import Lab
 from merganser.evaluation.bench._schema import MethodEntry
 from merganser.methods import create_method
 from merganser.methods._sequential import Sequential
@@ -170,7 +172,7 @@ def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> d
         elif name == "base":
             row = _scored(lab, str(lab.base), experts)
         elif name == "multitask":
-            heads = {e.task: e for e in lab.multitask(seed)}
+            heads = {e.task: e for e in make_multitask(lab, seed)}
             trained = [heads[e.task] for e in experts]
             row = _scored(lab, str(trained[0].model), trained)
         else:

@@ -1,0 +1,111 @@
+"""Making what a suite trains: its experts, and one model for all tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from merganser._version import __version__
+from merganser.evaluation.bench._base import write_model
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._lab import Lab, linear_head
+from merganser.evaluation.bench._learning import Network, train
+from merganser.evaluation.bench._schema import Training
+from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
+from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, ia3_vectors, insert_ia3
+
+__all__ = ["fine_tune", "make_expert", "make_multitask"]
+
+VECTORS = "ia3.safetensors"
+
+
+def make_expert(lab: Lab, name: str, seed: int) -> Expert:
+    """The expert of a task: as given, or fine-tuned once."""
+    entry = lab.entry(name)
+    if entry.expert is not None:
+        folder = lab.suite.data / entry.expert
+        head = None if entry.head is None else lab.suite.data / entry.head
+        return Expert(name, folder, head, file_digest(folder), 0.0)
+    start = lab.fresh_head(name, seed)
+    made_with = key(
+        file_digest(lab.parts(name)["train"], lab.base),
+        lab.settings.training.identity(),
+        seed,
+        lab.settings.pooling,
+        lab.settings.max_length,
+        __version__,
+    )
+    folder = lab.cache / "experts" / f"{name}-{made_with}"
+    if not folder.is_dir():
+        fine_tune(lab, {name: start}, lab.settings.training, lab.settings.training.steps, seed, folder)
+    meta = read_json(folder / "meta.json")
+    head, vectors = folder / f"{name}.safetensors", folder / VECTORS
+    return Expert(
+        name,
+        folder / "model",
+        head if head.exists() else None,
+        meta["digest"],
+        meta["seconds"],
+        vectors if vectors.exists() else None,
+    )
+
+
+def make_multitask(lab: Lab, seed: int) -> list[Expert]:
+    """One model that was fine-tuned on all tasks together, with a head for each."""
+    names, training = list(lab.settings.tasks), lab.settings.training
+    steps = lab.settings.baseline_training.multitask_steps or training.steps * len(names)
+    made_with = key(
+        [file_digest(lab.parts(n)["train"]) for n in names],
+        file_digest(lab.base),
+        training.identity(),
+        steps,
+        seed,
+        lab.settings.pooling,
+        lab.settings.max_length,
+        __version__,
+    )
+    folder = lab.cache / "experts" / f"multitask-{made_with}"
+    if not folder.is_dir():
+        fine_tune(lab, {n: lab.fresh_head(n, seed) for n in names}, training, steps, seed, folder)
+    meta = read_json(folder / "meta.json")
+    heads = {n: folder / f"{n}.safetensors" for n in names}
+    return [
+        Expert(n, folder / "model", heads[n] if heads[n].exists() else None, meta["digest"], meta["seconds"])
+        for n in names
+    ]
+
+
+def fine_tune(
+    lab: Lab, heads: Mapping[str, Path | None], training: Training, steps: int, seed: int, folder: Path
+) -> None:
+    """Train a model on some tasks, from the base and the given heads, and write it to a folder."""
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first = lab.network(lab.base, next(iter(heads.values())))
+        networks = dict.fromkeys(heads, first)
+        for name, head in list(heads.items())[1:]:
+            if head is not None:
+                networks[name] = Network(first.encoder, linear_head(head), lab.settings.pooling)
+        data = {name: lab.examples(name, "train", head) for name, head in heads.items()}
+        if training.method == "ia3":
+            insert_ia3(first.encoder, ia3_vectors(first.encoder, training.outputs, training.inputs))
+        train(networks, data, training, steps, seed)
+    with written_whole(folder) as draft:
+        if training.method == "ia3":
+            vectors = {n: p.detach() for n, p in first.encoder.named_parameters() if n.endswith(IA3_SUFFIX)}
+            save_file(vectors, draft / VECTORS)
+            state = fold_ia3(lab.tensors, vectors)
+        else:
+            state = lab.state_of(first.encoder)
+        write_model(draft / "model", state, lab.base)
+        for name, network in networks.items():
+            if network.head is not None:
+                layer = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
+                save_file(layer, draft / f"{name}.safetensors")
+        digest = file_digest(draft / "model")
+        write_json(draft / "meta.json", {"digest": digest, "seconds": time.perf_counter() - began, "steps": steps})
