@@ -17,6 +17,7 @@ import merganser as mg
 from merganser.errors import MerganserError
 from merganser.evaluation._intervals import bootstrap, wilson
 from tests.conftest import Cli
+from tests.helpers import read_model
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines, write_seq2seq
 
 transformers = pytest.importorskip("transformers")
@@ -189,6 +190,26 @@ def test_the_likeliest_choice_is_found_token_by_token(tmp_path: Path) -> None:
     assert found.results["n"].outcomes.values == tuple(by_token)
     assert list(found["n"])[:2] == ["accuracy_per_token", "accuracy"]
     assert found["t"]["accuracy_per_token"] == found["n"]["accuracy_per_token"]
+
+
+def test_a_choice_by_a_model_that_gives_nan_is_no_figure(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "m")
+    state = {name: torch.full_like(value, torch.nan) for name, value in read_model(folder).items()}
+    data = write_lines(tmp_path / "d.jsonl", [{"text": t, "choices": ["a", "film"], "label": 0} for t in sentences(4)])
+    found = mg.evaluator({"base": str(folder), "tasks": {"t": {"kind": "choice", "data": str(data)}}}).measure(state)
+    assert found.errors["t"].code == "E0606"
+
+
+def test_one_question_with_other_choices_is_another_item(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "m")
+    digests = []
+    for number, choices in enumerate((["a", "film"], ["film", "a"], ["a", "film"])):
+        records = [{"text": t, "choices": choices, "label": 0} for t in sentences(3)]
+        data = write_lines(tmp_path / f"{number}.jsonl", records)
+        tasks = {"base": str(folder), "tasks": {"t": {"kind": "choice", "data": str(data)}}}
+        digests.append(mg.evaluator(tasks).digests()["t"])
+    assert not set(digests[0]) & set(digests[1])
+    assert digests[0] == digests[2]
 
 
 def test_sequence_to_sequence_models_choose_and_generate(tmp_path: Path) -> None:

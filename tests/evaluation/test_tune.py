@@ -122,6 +122,17 @@ def test_tuning_and_reporting_on_the_same_examples_is_refused(work: Path, cli: C
     cli(*words(work, *options, "-n", 1, "-q")).succeeded()
 
 
+def test_a_task_of_another_name_is_compared_too(work: Path, cli: Cli, tmp_path: Path) -> None:
+    tasks = json.loads((work / "validation.yml").read_text())
+    tasks["tasks"] = {
+        "task1": tasks["tasks"]["task0"],
+        "task0": json.loads((work / "test.yml").read_text())["tasks"]["task1"],
+    }
+    (tmp_path / "renamed.yml").write_text(json.dumps(tasks))
+    options = ["--search", "scale=0.1", "--tasks", work / "validation.yml", "--report-tasks", tmp_path / "renamed.yml"]
+    cli(*words(work, *options)).failed("E0426", "task1")
+
+
 def test_a_search_that_was_stopped_goes_on(
     work: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +260,86 @@ def test_a_command_can_be_the_evaluator(work: Path, cli: Cli, tmp_path: Path) ->
     values = [t["tasks"]["last"]["value"] for t in found["trials"]]
     assert values[0] != values[1]
     assert found["best"]["params"] == {"scale": 0.0 if values[0] > values[1] else 2.0}
-    assert found["labels"] == 0
+    assert found["labels"] is None
+    assert found["cost"]["merges"] == 2
+    reported = [*options, "--report-tasks", str(work / "test.yml")]
+    assert set(cli(*words(work, *reported)).succeeded().json["report"]["tasks"]) == {"task0", "task1"}
+
+
+def test_what_an_evaluator_says_of_its_metric_is_kept(work: Path) -> None:
+    found = mg.tune(
+        [str(work / "a")],
+        base=str(work / "base"),
+        method="task_arithmetic",
+        search={"scale": [0.5]},
+        sampler="grid",
+        tasks=lambda state: {"x": {"exact_match": 0.5, "n": 40}},
+    )
+    assert found.trials[0].tasks["x"] == {"metric": "exact_match", "value": 0.5, "n": 40, "interval": None}
+
+
+def test_a_search_measured_otherwise_is_another_search(work: Path, cli: Cli, tmp_path: Path) -> None:
+    storage = ["--storage", f"sqlite:///{tmp_path}/trials.db", "--sampler", "grid", "--json"]
+    values = ["--search", "scale=0.1,0.5"]
+
+    def tuned(*options: Any) -> list[float]:
+        return [t["value"] for t in cli(*words(work, *storage, *options)).succeeded().json["trials"]]
+
+    for score in (0.25, 0.75):
+        assert tuned(*values, "--eval-cmd", f"sh -c 'echo {score}'") == [score, score]
+    tasks = json.loads((work / "validation.yml").read_text())
+    first = tuned(*values, "--tasks", work / "validation.yml")
+    entry = tasks["tasks"]["task0"]
+    records = [json.loads(line) for line in Path(entry["data"]).read_text().splitlines()]
+    entry["data"] = str(write_lines(tmp_path / "other.jsonl", [{**r, "label": (r["label"] + 1) % 3} for r in records]))
+    (tmp_path / "other.yml").write_text(json.dumps(tasks))
+    assert tuned(*values, "--tasks", tmp_path / "other.yml") != first
+    again = [*words(work, *storage, *values), "--tasks", work / "validation.yml"]
+    assert "trial" not in cli(*again).succeeded().err
+    assert cli(*again, "--exclude", "*attention*").succeeded().err.count("trial ") == 2
+    for count in (3, 4):
+        search = ["--search", "scale=0.1:1", "--trials", count, "--eval-cmd", "sh -c 'echo 1'"]
+        found = cli(*words(work, *storage, *search)).succeeded().json
+        assert [t["params"]["scale"] for t in found["trials"]] == pytest.approx(
+            [0.1 + 0.9 * i / (count - 1) for i in range(count)]
+        )
+
+
+def test_a_taken_output_is_refused_before_the_search(work: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("x")
+    options = ["--search", "scale=0.1,0.5", "--tasks", work / "validation.yml", "-o", tmp_path / "taken"]
+    assert "trial" not in cli(*words(work, *options)).failed("E0701", "taken").err
+
+
+def test_what_fails_after_the_search_loses_no_trial(work: Path, cli: Cli, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def late(state: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("late")
+        return 0.5
+
+    found = mg.tune(
+        [str(work / "a")],
+        base=str(work / "base"),
+        method="task_arithmetic",
+        search={"scale": [0.1, 0.5]},
+        sampler="grid",
+        tasks=late,
+    )
+    assert [t.value for t in found.trials] == [0.5, 0.5]
+    assert found.document["failure"]["message"] == "ValueError: late"
+
+    tasks = json.loads((work / "test.yml").read_text())
+    tasks["tasks"]["task0"]["head"] = str(tmp_path / "wide.safetensors")
+    save_file({"weight": torch.zeros(3, 17), "bias": torch.zeros(3)}, tmp_path / "wide.safetensors")
+    (tmp_path / "broken.yml").write_text(json.dumps(tasks))
+    options = ["--search", "scale=0.1,0.5", "--sampler", "grid", "--tasks", work / "validation.yml"]
+    broken = cli(*words(work, *options, "--report-tasks", tmp_path / "broken.yml"))
+    broken.failed("E0425", "task0")
+    assert "task1" in broken.out
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def command_evaluator(command: str | None) -> Any:
         raise UsageError("E0201", f"`--eval-cmd {command}` is not a command: {error}") from None
     if not words:
         raise UsageError("E0201", "`--eval-cmd` is empty")
-    return FolderEvaluator(lambda folder: _run(words, folder))
+    return FolderEvaluator(lambda folder: _run(words, folder), command)
 
 
 def _run(words: list[str], folder: Path) -> Any:

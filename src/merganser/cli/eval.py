@@ -38,6 +38,11 @@ def eval(  # noqa: A001 - the command's name
         emit(found.as_dict())
     else:
         print("\n".join(eval_table(found)))
+    say_problems(found)
+
+
+def say_problems(found: Any) -> None:
+    """Errors and warnings of an evaluation, on stderr; a task that was not measured ends the command."""
     for task, error in found.errors.items():
         print(f"error: `{escape(task)}` was not measured\nerror{error}", file=sys.stderr)
     for task, result in found.results.items():

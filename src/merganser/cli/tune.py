@@ -28,8 +28,8 @@ from merganser.cli._common import (
     format_seconds,
     settle_process,
 )
-from merganser.cli.eval import DataFolder, Device, eval_table
-from merganser.errors import UsageError, escape
+from merganser.cli.eval import DataFolder, Device, eval_table, say_problems
+from merganser.errors import MerganserError, UsageError, escape
 
 
 @app.command(
@@ -126,6 +126,11 @@ def tune(
         reason = next((t.error["message"] for t in found.trials if t.error), "")
         print(f"error[E0607] all {len(found.trials)} trials failed\n  why: {escape(reason)}", file=sys.stderr)
         raise typer.Exit(6)
+    if found.failure is not None:
+        print(f"error: the search is done, but not the best merge\n{_message(found.failure)}", file=sys.stderr)
+        raise typer.Exit(found.failure.exit_code if isinstance(found.failure, MerganserError) else 1)
+    if found.report is not None:
+        say_problems(found.report)
 
 
 def _show(trial: Any) -> None:
@@ -139,6 +144,11 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _message(error: Exception) -> str:
+    """As the command line says it."""
+    return f"error{error}" if isinstance(error, MerganserError) else escape(f"{type(error).__name__}: {error}")
+
+
 def _summary(found: Any) -> list[str]:
     document = found.document
     best = ", ".join(f"{name}={_short(value)}" for name, value in found.best.params.items())
@@ -147,7 +157,7 @@ def _summary(found: Any) -> list[str]:
     lines = [
         f"best of {len(found.trials)} trials: {best}; {found.best.value:.4f} on the tuning data"
         + (f" ({failed} failed)" if failed else ""),
-        f"labels seen  {found.labels}",
+        f"labels seen  {'as many as the evaluator read' if found.labels is None else found.labels}",
         f"merges made  {cost['merges']}, {format_seconds(cost['merge_seconds'])}; evaluations "
         f"{format_seconds(cost['evaluation_seconds'])}",
     ]

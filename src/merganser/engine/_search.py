@@ -28,9 +28,15 @@ Evaluator = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class FolderEvaluator:
-    """An evaluator that wants the candidate as a model folder, which is removed afterwards."""
+    """An evaluator that wants the candidate as a model folder, which is removed afterwards.
+
+    Attributes:
+        evaluate: called with the folder.
+        name: what it is, as far as that can be told, e.g. a command.
+    """
 
     evaluate: Callable[[Path], Any]
+    name: str = ""
 
 
 def resolve(

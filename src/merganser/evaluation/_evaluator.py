@@ -28,7 +28,7 @@ from merganser.evaluation._tasks import Task, Tasks, read_tasks
 from merganser.statistics._models import ModelFolder, open_model
 from merganser.training import update_batch_norm
 
-__all__ = ["Evaluator", "evaluate", "evaluator"]
+__all__ = ["Evaluator", "evaluate", "evaluator", "file_identity"]
 
 _KINDS: Mapping[str, Callable[[], Kind]] = {
     "classification": Classification,
@@ -162,6 +162,19 @@ class Evaluator:
                 found[task.name] = self._prepare(task, folder).digests
         return found
 
+    def identity(self) -> tuple[Any, ...]:
+        """What the figures of a model depend on beside the model: the tasks, the bytes of their data, heads, base.
+
+        Raises:
+            MerganserError: the data of a task cannot be read.
+        """
+        tasks = self.tasks
+        home = None if tasks.base is None else open_model(os.fspath(tasks.base))
+        found = [
+            (_without_expert(task), self._prepare(task, home).digest, file_identity(task.head)) for task in tasks.tasks
+        ]
+        return repr(found), file_identity(tasks.base), tasks.batch_norm
+
     def _prepare(self, task: Task, home: ModelFolder | None) -> Prepared:
         key = (task.name, "" if home is None else _side_digest(home.path))
         if key not in self._prepared:
@@ -267,3 +280,12 @@ def _side_digest(folder: Path) -> str:
         state.update(f"{name}\0".encode())
         state.update(file.read_bytes() if file.is_file() else b"")
     return state.hexdigest()
+
+
+def file_identity(reference: Any) -> Any:
+    """What tells whether a model or another file is still the same: its path, and sizes and times of its files."""
+    if not isinstance(reference, str | os.PathLike):
+        return type(reference).__name__
+    path = Path(reference)
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return str(path), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -63,9 +63,9 @@ def read_items(task: Task, labels: Labels | None) -> Items:
         others = Records(file, Needs(), plain=False)
         others.scan()
         excluded.update(map(digest_of, others.examples(0, others.count)))
-    pairs = [(example, digest_of(example)) for example in records.examples(0, records.count)]
-    pairs = chosen(task, [pair for pair in pairs if pair[1] not in excluded])
-    return Items(tuple(e for e, _ in pairs), records.digest, tuple(d for _, d in pairs))
+    examples = [e for e in records.examples(0, records.count) if not excluded or digest_of(e) not in excluded]
+    found = chosen(task, examples)
+    return Items(tuple(found), records.digest, tuple(digest_of(e, choices=True) for e in found))
 
 
 def chosen(task: Task, items: Sequence[T]) -> list[T]:
@@ -88,9 +88,11 @@ def chosen(task: Task, items: Sequence[T]) -> list[T]:
     return order
 
 
-def digest_of(example: Example) -> str:
-    """A digest of what a model reads of an example: its texts or tokens."""
-    parts = (example.text, example.text_b, example.input_ids)
+def digest_of(example: Example, *, choices: bool = False) -> str:
+    """A digest of what a model reads of an example: its texts or tokens, and the choices if they are to count."""
+    parts: tuple[Any, ...] = (example.text, example.text_b, example.input_ids)
+    if choices and example.choices:
+        parts += (example.choices,)
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 

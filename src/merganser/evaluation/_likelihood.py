@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merganser._torch import torch
-from merganser.errors import InputError
+from merganser.errors import InputError, NumericError
 from merganser.evaluation._prepared import Prepared, batched, on
 from merganser.evaluation._subject import Subject
 from merganser.evaluation._tasks import Task
@@ -42,7 +43,11 @@ def prepared_texts(
 
 
 def likelihoods(task: Task, prepared: Prepared, subject: Subject) -> tuple[list[float], list[int]]:
-    """For every item the sum of its labels' log-probabilities, and how many labels it has."""
+    """For every item the sum of its labels' log-probabilities, and how many labels it has.
+
+    Raises:
+        NumericError: E0606, a sum is not finite.
+    """
     model = subject.model(task.name)
     decoder = subject.folder(task.name).task == "causal_lm"
     sums, counts = [0.0] * len(prepared.items), [0] * len(prepared.items)
@@ -62,4 +67,7 @@ def likelihoods(task: Task, prepared: Prepared, subject: Subject) -> tuple[list[
             chosen, losses.double().sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True
         ):
             sums[index], counts[index] = -loss, count
+    bad = next((index for index, value in enumerate(sums) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise NumericError("E0606", f"the log-likelihood of item {bad + 1} is {sums[bad]}", places=task.place)
     return sums, counts

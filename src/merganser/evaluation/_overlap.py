@@ -19,7 +19,7 @@ def refuse_overlap(
 ) -> None:
     """Compare the items of tasks with those of a search, by their digests.
 
-    A task is compared with its namesake in the search; if there is none, with all tasks of the search.
+    Every task is compared with all tasks of the search, whatever their names.
 
     Args:
         tuned: digests of the items that a search has seen, by task.
@@ -31,8 +31,7 @@ def refuse_overlap(
     """
     everything = {digest for items in tuned.values() for digest in items}
     for task in evaluator.tasks.tasks:
-        seen = set(tuned[task.name]) if task.name in tuned else everything
-        shared = [index for index, digest in enumerate(digests.get(task.name, ())) if digest in seen]
+        shared = [index for index, digest in enumerate(digests.get(task.name, ())) if digest in everything]
         if shared:
             raise InputError(
                 "E0426",

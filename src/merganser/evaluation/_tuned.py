@@ -36,12 +36,10 @@ def document_of(
         "search": {name: found.as_dict() for name, found in space.items()},
         **facts,
         "tasks": list(tasks),
-        "check": None,
-        "report": None,
     }
 
 
-def trials_of(trials: Sequence[Trial], best: Trial | None, front: Sequence[int], labels: int) -> dict[str, Any]:
+def trials_of(trials: Sequence[Trial], best: Trial | None, front: Sequence[int], labels: int | None) -> dict[str, Any]:
     """The parts that do."""
     chosen = None
     if best is not None:
@@ -76,9 +74,19 @@ def figures(found: Any) -> dict[str, dict[str, Any]]:
     """What an evaluator returned, as the figures of each task."""
     if isinstance(found, Evaluation):
         return {name: result.outcomes.summary() for name, result in found.results.items()}
+    given = {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
     return {
-        name: {"metric": "score", "value": value, "n": None, "interval": None}
-        for name, value in as_scores(found).items()
+        name: {"interval": None, "value": value, **_named(given.get(name))} for name, value in as_scores(found).items()
+    }
+
+
+def _named(given: Any) -> dict[str, Any]:
+    """The metric that counts and the number of items, where an evaluator names them."""
+    named = given if isinstance(given, Mapping) else {}
+    n = named.get("n")
+    return {
+        "metric": next((str(metric) for metric in named if metric != "n"), "score"),
+        "n": n if isinstance(n, int) and not isinstance(n, bool) else None,
     }
 
 

@@ -7,18 +7,18 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
 from merganser._version import __version__
-from merganser.engine import FolderEvaluator, describe_method, make_plan, save, to_memory
+from merganser.engine import FolderEvaluator, check_output, describe_method, make_plan, save, to_memory
 from merganser.errors import NumericError, Place, RecipeError, UsageError
 from merganser.evaluation._candidates import Candidates, reusable, with_options
 from merganser.evaluation._cost import Meter
-from merganser.evaluation._evaluator import Evaluator
+from merganser.evaluation._evaluator import Evaluator, file_identity
 from merganser.evaluation._outcomes import Evaluation
 from merganser.evaluation._overlap import refuse_overlap
 from merganser.evaluation._space import Space, grid
@@ -40,18 +40,20 @@ class Tuning:
         trials: all of them.
         best: the one with the highest mean; None if all failed.
         front: the numbers of those that no other dominates over the tasks.
-        labels: labelled examples that the search has seen.
+        labels: labelled examples that the search has seen; None if only the evaluator knows.
         out: the folder of the best merge, if one was asked for.
         report: the best merge on the tasks for reporting.
+        failure: what went wrong with the best merge after the search, so that `out` or `report` may be missing.
         document: everything, as ``merganser tune --json`` prints it.
     """
 
     trials: tuple[Trial, ...]
     best: Trial | None
     front: tuple[int, ...]
-    labels: int
+    labels: int | None
     out: Path | None
     report: Evaluation | None
+    failure: Exception | None
     document: Mapping[str, Any]
 
 
@@ -93,6 +95,7 @@ def tune_recipe(
     Raises:
         RecipeError: the merge cannot be searched.
         InputError: E0426, tuning and reporting share examples; or the data of a task are wrong.
+        EnvironmentFault: E0701, E0702, `out` is taken.
     """
     if objective not in OBJECTIVES or sampler not in SAMPLERS or (trials is not None and trials < 1):
         raise UsageError(
@@ -105,9 +108,8 @@ def tune_recipe(
             places=Place(file=recipe.file, key="merge_method"),
             fix="merge with an evaluator (evaluator=, or --eval-cmd)",
         )
-    return _Search(recipe, measure, space, sampler, trials, objective, seed, storage, report, threads, device).run(
-        on_trial, out, overwrite
-    )
+    search = _Search(recipe, measure, space, sampler, trials, objective, seed, storage, report, threads, device)
+    return search.run(on_trial, None if out is None else Path(out), overwrite)
 
 
 class _Search:
@@ -130,13 +132,14 @@ class _Search:
         self._threads, self._device = threads, device
         points = grid(space, trials, [name for name in space if name not in reusable()]) if sampler == "grid" else []
         self._count = len(points) if sampler == "grid" else trials or 20
-        plan = make_plan(recipe, threads=threads)  # everything that is wrong with the merge is said before a trial
+        self._plan = plan = make_plan(recipe, threads=threads)  # what is wrong with the merge is said before a trial
         self._measure, self._report = _based(measure, plan.donor.folder), _based(report, plan.donor.folder)
         self._digests = self._data()
         self._candidates = Candidates(recipe, space, threads=threads, device=device)
+        self._folders = 0
         self._names: tuple[str, ...] = tuple(self._digests)
         self._trials = Trials(
-            self._name(),
+            self._name(points),
             space,
             sampler=sampler,
             points=points,
@@ -145,10 +148,10 @@ class _Search:
             storage=storage,
         )
 
-    def run(
-        self, on_trial: Callable[[Trial], None] | None, out: str | os.PathLike[str] | None, overwrite: bool
-    ) -> Tuning:
+    def run(self, on_trial: Callable[[Trial], None] | None, out: Path | None, overwrite: bool) -> Tuning:
         """All trials that are not done yet, then the best merge."""
+        if out is not None:
+            check_output(out, self._plan, overwrite=overwrite)
         with Meter() as meter:
             while len(self._trials.done()) < self._count:
                 with self._trials.next() as (number, params, result):
@@ -163,25 +166,28 @@ class _Search:
         facts = {"sampler": self._sampler, "objective": self._objective, "seed": self._seed}
         document = document_of(self._recipe, self._space, facts, task_facts(self._measure, self._digests, self._names))
         document |= trials_of(trials, best, front, labels)
-        found: Evaluation | None = None
-        folder = None
+        last = _Last()
         if best is not None:
-            folder = None if out is None else Path(out)
-            document["check"], final = self._final(best, folder, overwrite, document)
-            if self._report is not None:
-                found = self._report.measure(final)
-                document["report"] = found.as_dict()
-        document["out"] = None if folder is None else folder.name
+            try:
+                self._finish(best, out, overwrite, document, last)
+            except Exception as error:  # noqa: BLE001 - an evaluator is code of the user's; the trials are not lost
+                last.failure = error
+        document |= {
+            "check": last.check,
+            "report": None if last.report is None else last.report.as_dict(),
+            "out": None if last.out is None else last.out.name,
+            "failure": None if last.failure is None else described(last.failure),
+        }
         seconds = {part: math.fsum(t.seconds.get(part, 0.0) for t in trials) for part in ("merge", "evaluation")}
         document["cost"] = {
-            "merges": self._candidates.merges,
+            "merges": self._candidates.merges + self._folders,
             "merge_seconds": seconds["merge"],
             "evaluation_seconds": seconds["evaluation"],
             "seconds": meter.cost.seconds,
             "cpu_seconds": meter.cost.cpu_seconds,
             "peak_bytes": meter.cost.peak_bytes,
         }
-        return Tuning(tuple(trials), best, front, labels, folder, found, document)
+        return Tuning(tuple(trials), best, front, labels, last.out, last.report, last.failure, document)
 
     def _try(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The attributes of one trial; whatever goes wrong in it is recorded."""
@@ -211,6 +217,7 @@ class _Search:
         plan = make_plan(with_options(self._recipe, params), threads=self._threads)
         with tempfile.TemporaryDirectory(prefix="merganser-trial-") as folder:
             out = save(plan, Path(folder) / "model", device=self._device).out
+            self._folders += 1
             merged = time.perf_counter()
             return figures(measure.evaluate(out)), merged
 
@@ -238,44 +245,65 @@ class _Search:
             refuse_overlap(digests, self._report.digests(), self._report)
         return digests
 
-    def _labels(self) -> int:
+    def _labels(self) -> int | None:
         if not isinstance(self._measure, Evaluator):
-            return 0
+            return None
         labelled = {task.name for task in self._measure.tasks.tasks if task.kind != "perplexity"}
         return sum(len(items) for name, items in self._digests.items() if name in labelled)
 
-    def _name(self) -> str:
+    def _name(self, points: Sequence[Mapping[str, Any]]) -> str:
         """A digest of everything that a trial's result depends on, except its options."""
         recipe = self._recipe
         sources = [source for part in recipe.slices for source in part.sources]
-        files = [recipe.base, recipe.init, *(x for source in sources for x in (source.model, source.statistics))]
+        files = [recipe.base, recipe.init, recipe.base_statistics]
+        files += [x for source in sources for x in (source.model, source.statistics)]
+        levels = [recipe.parameters, *(part.parameters for part in recipe.slices), *(s.parameters for s in sources)]
+        rules = [(rule.patterns, str(rule.method), sorted(rule.parameters.items())) for rule in recipe.rules]
         parts = (
             __version__,
             describe_method(recipe.constant_method()),
-            list(map(_identity, files)),
-            [sorted(source.parameters.items()) for source in sources],
+            list(map(file_identity, files)),
+            [(source.layers, len(recipe.slices)) for source in sources],
+            [sorted(level.items()) for level in levels],
+            (rules, recipe.only, recipe.exclude, str(recipe.heads), str(recipe.files_from)),
             {name: found.as_dict() for name, found in self._space.items()},
+            [sorted(point.items()) for point in points],
             (self._sampler, self._objective, self._seed, recipe.seed, str(recipe.dtype)),
+            _measured_by(self._measure),
             self._digests,
         )
         return f"merganser-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
-    def _final(
-        self, best: Trial, out: Path | None, overwrite: bool, document: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Any]:
-        """The best options as an ordinary merge, what it scores, and how far the trial's weights were from it."""
+    def _finish(self, best: Trial, out: Path | None, overwrite: bool, document: Mapping[str, Any], last: _Last) -> None:
+        """Make the best options an ordinary merge: write it, check how far the trial was from it, and report it."""
         plan = make_plan(with_options(self._recipe, best.params), threads=self._threads, max_memory=None)
         if out is not None:
             record = {"tuning": record_of(document, self._digests)}
-            save(plan, out, record=record, overwrite=overwrite, device=self._device)
-        if isinstance(self._measure, FolderEvaluator):
-            return {"value": best.value, "largest_difference": None}, None if out is None else str(out)
-        final = to_memory(plan, device=self._device)
-        trial, _ = self._candidates.make(best.params)
-        largest = max((_difference(trial[name], value) for name, value in final.items()), default=0.0)
-        tasks = figures(self._measure(final))
-        value = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
-        return {"value": value, "largest_difference": largest}, final if out is None else str(out)
+            last.out = save(plan, out, record=record, overwrite=overwrite, device=self._device).out
+        in_folder = isinstance(self._measure, FolderEvaluator)
+        final = (
+            None if in_folder and (out is not None or self._report is None) else to_memory(plan, device=self._device)
+        )
+        if in_folder:
+            last.check = {"value": best.value, "largest_difference": None}
+        elif final is not None:
+            trial, _ = self._candidates.make(best.params)
+            largest = max((_difference(trial[name], value) for name, value in final.items()), default=0.0)
+            tasks = figures(self._measure(final))
+            value = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
+            last.check = {"value": value, "largest_difference": largest}
+        if self._report is not None:
+            last.report = self._report.measure(final if out is None else str(out))
+
+
+@dataclass
+class _Last:
+    """What came of the best merge after the search, as far as it came."""
+
+    out: Path | None = None
+    check: dict[str, Any] | None = None
+    report: Evaluation | None = None
+    failure: Exception | None = None
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -291,10 +319,10 @@ def _based(measure: Any, folder: Path | None) -> Any:
     return measure.based(folder) if isinstance(measure, Evaluator) else measure
 
 
-def _identity(reference: Any) -> Any:
-    """What tells whether a model or statistics file is still the same: its path, and sizes and times of its files."""
-    if not isinstance(reference, str | os.PathLike):
-        return type(reference).__name__
-    path = Path(reference)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    return str(path), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _measured_by(measure: Measure) -> Any:
+    """What tells whether merges are still measured in the same way, as far as that can be told."""
+    if isinstance(measure, Evaluator):
+        return measure.identity()
+    if isinstance(measure, FolderEvaluator):
+        return measure.name
+    return getattr(measure, "__module__", ""), getattr(measure, "__qualname__", type(measure).__qualname__)

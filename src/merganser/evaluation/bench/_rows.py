@@ -84,7 +84,7 @@ def merge_row(
         space = space_of(entry.search, recipe)
         with Meter() as meter:
             found = tune_recipe(recipe, judge, space, sampler="grid", trials=entry.trials, seed=seed, threads=1)
-        costs["tuning"] = dataclasses.replace(meter.cost, labels=found.labels)
+        costs["tuning"] = dataclasses.replace(meter.cost, labels=found.labels or 0)
         options, search = {**options, **_best(found)}, _searched(found)
         recipe = _recipe(lab, entry.model_copy(update={"options": options}), experts, measured, seed)
     elif "evaluator" in recipe.constant_method().requires(len(experts)):

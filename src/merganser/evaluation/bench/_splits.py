@@ -85,7 +85,10 @@ def _lines(name: str, task: SuiteTask, splits: Splits, files: Sequence[Path], dr
         fields = ("text", "text_b", "label", "target", "choices")
         examples = records.examples(0, records.count)
         found.append(
-            [(digest_of(e), {f: v for f in fields if (v := getattr(e, f)) not in (None, ())}) for e in examples]
+            [
+                (digest_of(e, choices=True), {f: v for f in fields if (v := getattr(e, f)) not in (None, ())})
+                for e in examples
+            ]
         )
     train, test = (found[0], found[1]) if len(found) == 2 else ([], found[0])
     for part, pairs in _parts(name, train, test, splits).items():
