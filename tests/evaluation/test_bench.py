@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merganser as mg
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench import read_suite
 from merganser.evaluation.bench._baselines import ensemble as ensemble_of
+from merganser.evaluation.bench._bench import subsets
 from merganser.evaluation.bench._experts import make_expert
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._learning import Losses
@@ -28,7 +29,7 @@ from tests.conftest import Cli
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines
 
 pytest.importorskip("optuna")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 SUITES = Path(__file__).resolve().parents[2] / "examples" / "suites"
 
@@ -228,6 +229,93 @@ def test_a_crashed_step_is_recorded_and_the_rest_goes_on(tmp_path: Path, cli: Cl
     assert "`exclude`" in rows["output_matching"]["error"]["message"]
     assert "`label`" in result.err
     assert "fisher seed 0" in result.err
+
+
+def test_results_follow_the_data_the_base_and_the_heads(tmp_path: Path) -> None:
+    suite = small_suite(tmp_path, seeds=[0], counts={}, baselines=["base", "experts"], methods=[{"method": "average"}])
+
+    def states() -> dict[str, str]:
+        steps = mg.bench(suite, tmp_path / "out", data=tmp_path)["steps"]
+        return {step["name"].removesuffix(" seed 0"): step["state"] for step in steps}
+
+    assert states()["average"] == "done"
+    assert states()["average"] == "cached"
+    for name in ("one", "four", "five"):  # a task, one that is held out, and a composition
+        file = tmp_path / f"{name}.test.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        write_lines(file, [{**record, "label": 1 - record["label"]} for record in records])
+        assert states()["average"] == "done"
+    write_encoder(tmp_path / "base", noise=0.1)
+    assert states()["base"] == "done"
+
+
+def test_a_task_that_cannot_be_measured_leaves_the_others(tmp_path: Path, cli: Cli) -> None:
+    suite = small_suite(tmp_path, seeds=[0], counts={}, baselines=["base", "experts"], methods=[{"method": "average"}])
+    (tmp_path / "four.test.jsonl").unlink()
+    (tmp_path / "one.test.jsonl").write_text('{"text": "a film", "label": 1}\n' * 20)
+    (tmp_path / "suite.yml").write_text(json.dumps(suite))
+    result = cli("bench", tmp_path / "suite.yml", "--data", tmp_path, "-o", tmp_path / "out", "--json")
+    assert result.code == 4
+    assert "four: the file does not exist" in result.err
+    assert "all 20 items have the label 1" in result.err
+    found = result.json
+    assert [step["state"] for step in found["steps"]] == ["done"] * 6
+    average = next(row for row in found["rows"] if row["id"] == "average")
+    assert set(average["scores"]) == {"one", "two", "three", "five"}
+    assert average["held_in"] is not None
+    assert average["errors"]["four"]["code"] == "E0401"
+    assert "label 1" in found["tasks"][0]["warnings"][0]
+    suite["splits"]["validation"] = 60
+    few = mg.bench(suite, tmp_path / "few", data=tmp_path)["steps"][0]
+    assert few["error"]["code"] == "E0417"
+
+
+def write_classifier(folder: Path, noise: float) -> Path:
+    """A model for sequence classification on the encoder of `write_encoder`."""
+    encoder = write_encoder(folder, noise=noise)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = transformers.AutoConfig.from_pretrained(encoder, num_labels=2)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, config=config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["heads in files", "heads in models"])
+def test_experts_that_are_given(tmp_path: Path, whole: bool) -> None:
+    suite = small_suite(
+        tmp_path,
+        seeds=[0],
+        counts={},
+        held_out={},
+        composition={},
+        baselines=["base", "experts", "ensemble"],
+        statistics={"kinds": ["gram"]},
+        methods=[{"method": "average"}, {"method": "regmean"}],
+        merge={"heads": "exclude"},
+    )
+    if whole:
+        write_classifier(tmp_path / "base", 0.0)
+    for number, (name, entry) in enumerate(suite["tasks"].items()):
+        model = write_classifier(tmp_path / name, 0.1 * number) if whole else write_encoder(tmp_path / name, noise=0.1)
+        head = tmp_path / f"{name}.safetensors"
+        save_file({"weight": torch.randn(2, 16), "bias": torch.zeros(2)}, head)
+        entry |= {"expert": model.name, "head": model.name if whole else head.name}
+    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
+    assert {step["state"] for step in found["steps"]} == {"done"}
+    rows = {row["id"]: row for row in found["rows"]}
+    assert len(rows["regmean"]["scores"]) == 3
+    assert (rows["ensemble"]["held_in"] is None) == whole
+    if not whole:
+        save_file({"weight": torch.randn(2, 16), "bias": torch.zeros(2)}, tmp_path / "one.safetensors")
+        again = mg.bench(suite, tmp_path / "out", data=tmp_path)
+        assert next(s for s in again["steps"] if s["name"] == "average seed 0")["state"] == "done"
+
+
+def test_random_subsets_are_different_ones() -> None:
+    assert subsets(5, 5, 3) == [(0, 1, 2, 3, 4)]
+    assert sorted(subsets(3, 2, 10)) == [(0, 1), (0, 2), (1, 2)]
+    assert len(set(subsets(20, 9, 6))) == 6
 
 
 def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> None:

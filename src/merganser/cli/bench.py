@@ -39,11 +39,14 @@ def bench(
     else:
         print("\n".join(_table(found)))
         print(f"\n{escape(out)}/results.json")
-    failed = [step for step in found["steps"] if step["state"] == "failed"]
-    for step in failed:
-        print(f"error: {escape(step['name'])}: {escape(step['error']['message'])}", file=sys.stderr)
-    if failed:
-        code = failed[0]["error"]["code"]
+    problems = {
+        f"{step['name']}: {step['error']['message']}": step["error"] for step in found["steps"] if step["error"]
+    }
+    problems |= {f"{task}: {e['message']}": e for row in found["rows"] for task, e in row["errors"].items()}
+    for text in problems:
+        print(f"error: {escape(text)}", file=sys.stderr)
+    if problems:
+        code = next(iter(problems.values()))["code"]
         raise typer.Exit(1 if code is None else int(code[1:3]))
 
 

@@ -19,7 +19,7 @@ from merganser.evaluation.bench._schema import BaseEntry
 from merganser.evaluation.bench._store import file_digest, key, written_whole
 from merganser.statistics._models import transformers
 
-__all__ = ["SIDE_FILES", "prepare_base", "write_model"]
+__all__ = ["SIDE_FILES", "is_pooler", "prepare_base", "write_model"]
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
 
@@ -57,11 +57,12 @@ def prepare_base(base: BaseEntry, data: Path, cache: Path, *, pooler: bool) -> P
                 _from_gguf(source, base.gguf, draft)
             else:
                 tensors = read_tensors(source)
-                write_model(draft, {n: t for n, t in tensors.items() if pooler or not _is_pooler(n)}, source)
+                write_model(draft, {n: t for n, t in tensors.items() if pooler or not is_pooler(n)}, source)
     return folder
 
 
-def _is_pooler(name: str) -> bool:
+def is_pooler(name: str) -> bool:
+    """Whether a tensor belongs to a pooling layer."""
     return ".pooler." in f".{name}"
 
 

@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from merganser.errors import MerganserError
 from merganser.evaluation._classification import accuracy
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._heads import pooled
-from merganser.evaluation._outcomes import Outcomes
+from merganser.evaluation._outcomes import Evaluation, Outcomes
 from merganser.evaluation._perplexity import log_likelihoods
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation._tasks import Tasks
 from merganser.evaluation.bench._expert import Expert
-from merganser.evaluation.bench._lab import Lab
+from merganser.evaluation.bench._lab import Lab, linear_head
 from merganser.evaluation.bench._learning import Examples, Network, distil
 from merganser.statistics._losses import IGNORED
 
-__all__ = ["composed", "distilled", "ensemble", "held_out"]
+__all__ = ["Found", "composed", "distilled", "ensemble", "found_of", "held_out"]
 
 RIDGE = 0.1
+
+
+@dataclass
+class Found:
+    """What a model scores on some tasks.
+
+    Attributes:
+        outcomes: by task.
+        errors: of the tasks that could not be measured.
+        warnings: what the user should know of a task's data.
+    """
+
+    outcomes: dict[str, Outcomes] = field(default_factory=dict)
+    errors: dict[str, MerganserError] = field(default_factory=dict)
+    warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def take(self, other: Found) -> None:
+        """Add what another found."""
+        self.outcomes |= other.outcomes
+        self.errors |= other.errors
+        self.warnings |= other.warnings
+
+
+def found_of(evaluation: Evaluation) -> Found:
+    """The parts of an evaluation."""
+    outcomes = {name: result.outcomes for name, result in evaluation.results.items()}
+    warnings = {name: result.warnings for name, result in evaluation.results.items() if result.warnings}
+    return Found(outcomes, dict(evaluation.errors), warnings)
 
 
 def ensemble(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
@@ -31,12 +61,12 @@ def ensemble(lab: Lab, experts: Sequence[Expert]) -> dict[str, Outcomes]:
     It costs as many forward passes as there are experts. Tasks with a head that is a folder, and choices and
     generation, are left out.
     """
-    encoders = [lab.network(e.model, e.head).encoder for e in experts if e.head is not None]
+    headed = [e for e in experts if e.head is not None and not e.head.is_dir()]
+    encoders = [lab.encoder(e.model, e.head) for e in headed]
     found = {}
-    for expert in experts:
-        if expert.head is None or expert.head.is_dir():
-            continue
-        head = lab.network(expert.model, expert.head).head
+    for expert in headed:
+        assert expert.head is not None
+        head = linear_head(expert.head)
         networks = [Network(encoder, head, lab.settings.pooling) for encoder in encoders]
         right: list[float] = []
         losses: list[float] = []
@@ -70,16 +100,17 @@ def _ensemble_of_language_models(lab: Lab, experts: Sequence[Expert]) -> dict[st
     return found
 
 
-def composed(lab: Lab, model: Mapping[str, torch.Tensor] | str, experts: Sequence[Expert]) -> dict[str, Outcomes]:
+def composed(lab: Lab, model: Mapping[str, torch.Tensor] | str, experts: Sequence[Expert]) -> Found:
     """Compositional generalisation: tasks that the head of one of these experts answers, on data of another kind."""
-    heads = {e.task: e.head for e in experts}
-    tasks = tuple(
-        lab.task(name, "test", heads[entry.answers])
-        for name, entry in lab.settings.composition.items()
-        if entry.answers in heads
-    )
-    results = Evaluator(Tasks(tasks, lab.base, lab.settings.batch_norm))(model).results if tasks else {}
-    return {name: result.outcomes for name, result in results.items()}
+    heads, found = {e.task: e.head for e in experts}, Found()
+    for name, entry in lab.settings.composition.items():
+        if entry.answers in heads:
+            try:
+                task = lab.task(name, "test", heads[entry.answers])
+                found.take(found_of(Evaluator(Tasks((task,), lab.base, lab.settings.batch_norm)).measure(model)))
+            except MerganserError as error:
+                found.errors[name] = error
+    return found
 
 
 def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch.Tensor]:
@@ -92,7 +123,7 @@ def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch
         for name, value in states[0].items()
     }
     networks = {e.task: lab.network(e.model, e.head) for e in experts}
-    student = lab.network(average, experts[0].head).encoder
+    student = lab.encoder(average, experts[0].head)
     data = {e.task: lab.examples(e.task, "statistics", e.head) for e in experts}
     settings = lab.settings.baseline_training
     with torch.random.fork_rng(devices=[]):
@@ -109,27 +140,33 @@ def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch
     return {**average, **lab.state_of(student)}
 
 
-def held_out(lab: Lab, model: Mapping[str, torch.Tensor] | str) -> dict[str, Outcomes]:
+def held_out(lab: Lab, model: Mapping[str, torch.Tensor] | str) -> Found:
     """Tasks without an expert in the merge: texts by the model itself, classification by a head on its features.
 
     The head is ridge regression of the labels on the standardised features of `splits.probe` training examples.
     """
-    found = {}
+    found = Found()
     for name, entry in lab.settings.held_out.items():
-        if entry.kind not in ("classification", "image"):
-            judge = Evaluator(Tasks((lab.task(name, "test"),), lab.base, 0))
-            found[name] = judge(model).results[name].outcomes
-            continue
-        head = lab.fresh_head(name, 0)
-        encoder = lab.network(model, head).encoder
-        train = dataclasses.replace(lab.task(name, "train", head), examples=lab.settings.splits.probe)
-        prepared = Evaluator(Tasks((train,), lab.base, 0)).prepared(lab.home)[name]
-        features, labels = _features(lab, encoder, Examples(prepared, lab.home.config))
-        tests, targets = _features(lab, encoder, lab.examples(name, "test", head))
-        logits = _ridge(features, labels, tests, lab.classes(name))
-        right, losses = accuracy(logits, targets)
-        found[name] = Outcomes("accuracy", tuple(right), others={"loss": sum(losses) / len(losses)})
+        try:
+            if entry.kind in ("classification", "image"):
+                found.outcomes[name] = _probed(lab, model, name)
+            else:
+                found.take(found_of(Evaluator(Tasks((lab.task(name, "test"),), lab.base, 0)).measure(model)))
+        except MerganserError as error:
+            found.errors[name] = error
     return found
+
+
+def _probed(lab: Lab, model: Mapping[str, torch.Tensor] | str, name: str) -> Outcomes:
+    head = lab.fresh_head(name, 0)
+    encoder = lab.encoder(model, head)
+    train = dataclasses.replace(lab.task(name, "train", head), examples=lab.settings.splits.probe)
+    prepared = Evaluator(Tasks((train,), lab.base, 0)).prepared(lab.home)[name]
+    features, labels = _features(lab, encoder, Examples(prepared, lab.home.config))
+    tests, targets = _features(lab, encoder, lab.examples(name, "test", head))
+    logits = _ridge(features, labels, tests, lab.classes(name))
+    right, losses = accuracy(logits, targets)
+    return Outcomes("accuracy", tuple(right), others={"loss": sum(losses) / len(losses)})
 
 
 def _features(lab: Lab, encoder: nn.Module, data: Examples) -> tuple[torch.Tensor, torch.Tensor]:

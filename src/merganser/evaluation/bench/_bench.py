@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import random
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.errors import MerganserError
+from merganser.errors import InputError, MerganserError
 from merganser.evaluation._cost import Cost
 from merganser.evaluation._tuned import described
 from merganser.evaluation.bench._expert import Expert
@@ -35,6 +36,16 @@ from merganser.evaluation.bench._suite import Suite, method_id, read_suite
 __all__ = ["bench"]
 
 Say = Callable[[str], None]
+
+
+def subsets(number: int, size: int, draws: int) -> list[tuple[int, ...]]:
+    """Random subsets of ``range(number)``, no two the same: as many as asked for, or as there are."""
+    found: list[tuple[int, ...]] = []
+    draw = random.Random(f"{number}/{size}")
+    while len(found) < min(draws, math.comb(number, size)):
+        chosen = tuple(sorted(draw.sample(range(number), size)))
+        found += [] if chosen in found else [chosen]
+    return found
 
 
 def bench(
@@ -100,9 +111,8 @@ class _Run:
         counts = self._settings.counts
         swept = counts.seeds is None or self._settings.seeds.index(seed) < counts.seeds
         for count in counts.models if swept else []:
-            for draw in range(counts.draws):
-                chosen = random.Random(f"{count}/{draw}").sample(range(len(experts)), min(count, len(experts)))
-                some = [experts[index] for index in sorted(chosen)]
+            for draw, chosen in enumerate(subsets(len(experts), min(count, len(experts)), counts.draws)):
+                some = [experts[index] for index in chosen]
                 for name in counts.methods:
                     self._merge(self._suite.methods[name], some, files, seed, own, draw=draw)
 
@@ -149,6 +159,8 @@ class _Run:
         label = f"{name} seed {seed}" + ("" if draw is None else f", {len(experts)} models, draw {draw}")
 
         def make() -> dict[str, Any]:
+            if reads and (missing := [e.task for e in experts if e.task not in files]):
+                raise InputError("E0419", f"the statistics of `{missing[0]}` were not collected")
             some = [files[e.task] for e in experts] if reads else []
             cost = sum((m.cost for m in some), Cost())
             measured = Measured(tuple(file for m in some for file in m.files), cost)
@@ -196,7 +208,10 @@ class _Run:
             "max_length",
             "batch_norm",
         )
-        return [(e.task, e.digest) for e in experts], seed, *(repr(getattr(settings, part)) for part in parts)
+        names = [*(e.task for e in experts), *settings.held_out, *settings.composition]
+        data = [(name, self._lab.source(name)) for name in names]
+        found = [(e.task, e.digest) for e in experts]
+        return self._lab.digest, found, data, seed, *(repr(getattr(settings, part)) for part in parts)
 
     def _step(self, name: str, depends: Any, make: Callable[[], Any]) -> Any:
         """What a step made, now or in an earlier run; None if it failed, which is recorded.
@@ -222,12 +237,16 @@ class _Run:
         self._steps.append(step)
         problem = "" if step["error"] is None else f": {step['error']['message']}"
         self._say(f"{name}: {step['state']} in {step['seconds']:.1f} s{problem}")
+        for task, found in (kept.get("errors", {}) if isinstance(kept, dict) else {}).items():
+            self._say(f"  `{task}` was not measured: {found['message']}")
         return kept
 
     def _describe(self, experts: Mapping[str, Any] | None) -> None:
         """The tasks, as the document names them."""
         if self._tasks or experts is None:
             return
+        for task, texts in experts["warnings"].items():
+            self._say(f"  `{task}`: {'; '.join(texts)}")
         settings = self._settings
         groups: Mapping[str, Mapping[str, SuiteTask]] = {
             "held_in": settings.tasks,
@@ -249,6 +268,7 @@ class _Run:
                         "role": role,
                         "n": score.get("n"),
                         "classes": classes,
+                        "warnings": experts["warnings"].get(name, []),
                     }
                 )
 

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from merganser._version import __version__
-from merganser.evaluation.bench._base import write_model
+from merganser.errors import InputError, Place
+from merganser.evaluation._subject import read_tensors
+from merganser.evaluation.bench._base import is_pooler, write_model
 from merganser.evaluation.bench._expert import Expert
 from merganser.evaluation.bench._lab import Lab, linear_head
 from merganser.evaluation.bench._learning import Network, train
@@ -27,12 +29,10 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
     """The expert of a task: as given, or fine-tuned once."""
     entry = lab.entry(name)
     if entry.expert is not None:
-        folder = lab.suite.data / entry.expert
-        head = None if entry.head is None else lab.suite.data / entry.head
-        return Expert(name, folder, head, file_digest(folder), 0.0)
+        return _given(lab, name, lab.suite.data / entry.expert, entry.head)
     start = lab.fresh_head(name, seed)
     made_with = key(
-        file_digest(lab.parts(name)["train"], lab.base),
+        file_digest(lab.part(name, "train"), lab.base),
         lab.settings.training.identity(),
         seed,
         lab.settings.pooling,
@@ -54,12 +54,34 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
     )
 
 
+def _given(lab: Lab, name: str, folder: Path, head: str | None) -> Expert:
+    """An expert that is not trained here. A pooling layer that no head reads is left out, as in the base."""
+    file = None if head is None else lab.suite.data / head
+    for path in (folder, file):
+        if path is not None and not path.exists():
+            raise InputError(
+                "E0401",
+                "the expert does not exist" if path == folder else "the head does not exist",
+                places=Place(file=str(path), key=name),
+                fix="give the folder at which its path starts: --data",
+            )
+    digest = file_digest(folder)
+    tensors = read_tensors(folder)
+    kept = {n: t for n, t in tensors.items() if not is_pooler(n)}
+    if lab.settings.pooling != "pooler" and len(kept) < len(tensors):
+        source, folder = folder, lab.cache / "experts" / f"{name}-{digest}"
+        if not folder.is_dir():
+            with written_whole(folder) as draft:
+                write_model(draft, kept, source)
+    return Expert(name, folder, file, digest if file is None else key(digest, file_digest(file)), 0.0)
+
+
 def make_multitask(lab: Lab, seed: int) -> list[Expert]:
     """One model that was fine-tuned on all tasks together, with a head for each."""
     names, training = list(lab.settings.tasks), lab.settings.training
     steps = lab.settings.baseline_training.multitask_steps or training.steps * len(names)
     made_with = key(
-        [file_digest(lab.parts(n)["train"]) for n in names],
+        [file_digest(lab.part(n, "train")) for n in names],
         file_digest(lab.base),
         training.identity(),
         steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from merganser._version import __version__
-from merganser.errors import Place, RecipeError
+from merganser.errors import InputError, MerganserError, Place, RecipeError
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._prepared import Prepared
 from merganser.evaluation._subject import open_subject, read_tensors
@@ -63,6 +63,36 @@ class Lab:
             self._parts[name] = split_data(name, entry, splits, self.suite.data, self.cache / "data")
         return self._parts[name]
 
+    def part(self, name: str, part: str) -> Path:
+        """The file of a part of a task.
+
+        Raises:
+            InputError: E0417, no example is left for it.
+        """
+        found, splits = self.parts(name), self.settings.splits
+        if part not in found:
+            raise InputError(
+                "E0417",
+                f"no example of `{name}` is left for the part `{part}`",
+                places=Place(key=name),
+                why=f"splits asks for {splits.test} test, {splits.statistics} statistics and {splits.validation} "
+                "validation examples before others train",
+                fix="lower the numbers under `splits`, or give more data",
+            )
+        return found[part]
+
+    def source(self, name: str) -> str:
+        """What tells whether the data of a task and how they are split are still the same."""
+        try:
+            return next(iter(self.parts(name).values())).parent.name
+        except MerganserError as error:
+            return error.code
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of the base."""
+        return file_digest(self.base)
+
     def task(self, name: str, part: str, head: Path | None = None, expert: float | None = None) -> Task:
         """A task on one part of its data.
 
@@ -77,7 +107,7 @@ class Lab:
         return Task(
             name=name,
             kind=entry.kind,
-            data=self.parts(name)[part],
+            data=self.part(name, part),
             head=head,
             pooling=settings.pooling,
             expert=expert,
@@ -153,13 +183,26 @@ class Lab:
             self._prepared[name, part] = judge.prepared(self.home)[name]
         return Examples(self._prepared[name, part], self.home.config)
 
-    def network(self, model: Any, head: Path | None) -> Network:
-        """A model with a head, from a folder or a state dict."""
+    def encoder(self, model: Any, head: Path | None) -> nn.Module:
+        """What a head reads the output of, without a pooling layer that none reads; a language model as a whole.
+
+        Args:
+            model: a folder or a state dict.
+            head: None where the model answers itself.
+        """
         subject = open_subject(model, self.base, None)
         if head is None:
-            return Network(subject.model("network"), None, self.settings.pooling).eval()
-        encoder = subject.encoder("network", pooler=self.settings.pooling == "pooler")
-        return Network(encoder, linear_head(head), self.settings.pooling).eval()
+            return subject.model("network")
+        with_pooler = self.settings.pooling == "pooler"
+        encoder = subject.encoder("network", pooler=with_pooler)
+        if not with_pooler and any(name.startswith("pooler.") for name, _ in encoder.named_parameters()):
+            encoder.pooler = None  # type: ignore[assignment]
+        return encoder
+
+    def network(self, model: Any, head: Path | None) -> Network:
+        """A model with a head, from a folder or a state dict."""
+        layer = None if head is None else linear_head(head)
+        return Network(self.encoder(model, head), layer, self.settings.pooling).eval()
 
     def state_of(self, encoder: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of a module, under the names of the base."""
@@ -192,27 +235,50 @@ class Lab:
     def statistics(self, expert: Expert) -> Path:
         """The statistics file of an expert, collected once."""
         wanted = self.settings.statistics
-        part = self.parts(expert.task)["statistics"]
+        part = self.part(expert.task, "statistics")
         name = key(expert.digest, file_digest(part), wanted.model_dump_json(), self.settings.max_length, __version__)
         file = self.cache / "statistics" / f"{expert.task}-{name}.safetensors"
         if not file.exists():
-            network = self.network(expert.model if expert.vectors is None else str(self.base), expert.head)
-            if expert.vectors is not None:
-                insert_ia3(network.encoder, load_file(expert.vectors))
             batches = [
                 {**inputs, "labels": labels}
                 for inputs, labels in self.examples(expert.task, "statistics", expert.head).all(16)
             ]
-            model: nn.Module = network if network.head is not None else network.encoder
-            only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
-            found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
+            found = self._collected(expert, batches)
             file.parent.mkdir(parents=True, exist_ok=True)
-            (found if network.head is None else _of_encoder(found)).save(file, overwrite=True)
+            found.save(file, overwrite=True)
         return file
+
+    def _collected(self, expert: Expert, batches: Sequence[Mapping[str, Any]]) -> Statistics:
+        wanted = self.settings.statistics
+        if expert.head is not None and expert.head.is_dir():
+            whole = open_subject(expert.model, self.base, None).with_head(expert.task, expert.head)
+            found = collect(whole, batches, wanted.kinds, estimator=wanted.estimator)
+            own = read_tensors(expert.model).keys()
+            return _selected(found, lambda name: name if name in own else None)
+        network = self.network(expert.model if expert.vectors is None else str(self.base), expert.head)
+        if expert.vectors is not None:
+            insert_ia3(network.encoder, load_file(expert.vectors))
+        model: nn.Module = network if network.head is not None else network.encoder
+        only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
+        found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
+        if network.head is None:
+            return found
+        return _selected(found, lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
 
 
 def linear_head(file: Path) -> nn.Linear:
-    """The linear layer that a file holds."""
+    """The linear layer that a file holds.
+
+    Raises:
+        RecipeError: E0308, it is a folder: the head is a part of a whole model.
+    """
+    if file.is_dir():
+        raise RecipeError(
+            "E0308",
+            "this needs heads that are files with a linear layer",
+            places=Place(file=str(file), key="head"),
+            fix="leave the row out, or write the heads to files",
+        )
     tensors = load_file(file)
     layer = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
     layer.load_state_dict(tensors)
@@ -225,11 +291,15 @@ def _width(config: Mapping[str, Any]) -> int:
     return int(sizes[-1] if isinstance(sizes, list) else config.get("hidden_size") or config["d_model"])
 
 
-def _of_encoder(found: Statistics) -> Statistics:
-    """What belongs to the encoder, by its own names."""
+def _selected(found: Statistics, named: Callable[[str], str | None]) -> Statistics:
+    """Statistics of some weights, under other names.
 
-    def own(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {n.removeprefix("encoder."): value for n, value in table.items() if n.startswith("encoder.")}
-
-    tables: dict[str, Any] = {name: own(found.table(name)) for name in TABLES}
+    Args:
+        found: of all weights.
+        named: the new name of a weight; None to leave it out.
+    """
+    tables: dict[str, Any] = {
+        table: {new: value for name, value in found.table(table).items() if (new := named(name)) is not None}
+        for table in TABLES
+    }
     return Statistics(**tables)

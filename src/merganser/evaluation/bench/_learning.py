@@ -36,8 +36,6 @@ class Network(nn.Module):
         self.encoder = encoder
         self.head = head
         self._pooling = pooling
-        if pooling != "pooler" and any(name.startswith("pooler.") for name, _ in encoder.named_parameters()):
-            encoder.pooler = None  # type: ignore[assignment]
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits: (examples, classes), or (examples, tokens, words)."""

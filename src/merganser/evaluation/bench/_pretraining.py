@@ -43,7 +43,7 @@ def _pretrained(suite: Suite, cache: Path, start: Path, files: Sequence[str], st
         }
     )
     lab = Lab(dataclasses.replace(suite, settings=settings), cache, start)
-    digests = [file_digest(lab.parts(name)["train"]) for name in tasks]
+    digests = [file_digest(lab.part(name, "train")) for name in tasks]
     made_with = key(digests, file_digest(start), steps, settings.training.model_dump_json())
     folder = cache / "base" / f"trained-{made_with}"
     if not folder.is_dir():

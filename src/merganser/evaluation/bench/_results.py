@@ -29,21 +29,28 @@ def finished_row(
     Args:
         row: what the row is.
         found: what its step found; None if it failed.
-        experts: the score of each task's expert.
+        experts: the score of each task's expert. A row without a score that its expert has is no row of the summary.
     """
     if found is None:
-        return {**row, "scores": {}, "held_in": None, **dict.fromkeys(_OTHERS), "cost": None, "search": None}
+        nothing = dict.fromkeys(("held_in", *_OTHERS, "cost", "search"))
+        return {**row, **nothing, "scores": {}, "errors": {}}
     scores = {name: _score(score, experts.get(name)) for name, score in found["scores"].items()}
     others = {group: {name: _score(s, None) for name, s in found.get(group, {}).items()} for group in _OTHERS}
     return {
         **row,
         "options": found["options"],
         "scores": {**scores, **{name: score for group in others.values() for name, score in group.items()}},
-        "held_in": _mean(found["scores"], scores),
+        "held_in": _mean(found["scores"], scores) if _is_complete(found["errors"], experts) else None,
         **{group: _mean(found.get(group, {}), others[group]) for group in _OTHERS},
         "cost": found["cost"],
         "search": found["search"],
+        "errors": found["errors"],
     }
+
+
+def _is_complete(errors: Mapping[str, Any], experts: Mapping[str, float]) -> bool:
+    """Whether what could not be measured could not be measured of the experts either."""
+    return not any(name in experts for name in errors)
 
 
 def _score(score: Mapping[str, Any], expert: float | None) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from merganser.engine import in_memory, make_plan, merge, resolve
-from merganser.errors import Place, RecipeError
+from merganser.errors import MerganserError, Place, RecipeError
 from merganser.evaluation._cost import Cost, Meter
 from merganser.evaluation._outcomes import Outcomes
 from merganser.evaluation._space import space_of
+from merganser.evaluation._tuned import described
 from merganser.evaluation._tuning import Tuning, tune_recipe
-from merganser.evaluation.bench._baselines import composed, distilled, ensemble, held_out
+from merganser.evaluation.bench._baselines import Found, composed, distilled, ensemble, found_of, held_out
 from merganser.evaluation.bench._expert import Expert
 from merganser.evaluation.bench._experts import make_multitask
 from merganser.evaluation.bench._flops import FlopCounter
@@ -103,7 +104,7 @@ def merge_row(
     costs["merge"] = _merge_cost(meter, counter, states)
     if recipe.constant_method().outputs(len(experts)) == tuple(range(len(experts))):
         own = [lab.whole(state, experts) for state in states]
-        scores = {"scores": _summaries(_each_its_own(lab, own, experts))}
+        scores = _parts(_each_its_own(lab, own, experts))
     else:
         scores = _scored(lab, lab.whole(states[0], experts), experts, everything=tuned)
     return {**scores, "options": options, "search": search, "cost": _plain(costs)}
@@ -128,8 +129,8 @@ def _walked_row(
             places=Place(key="methods"),
             fix="leave the row out",
         )
-    modules = [lab.network(e.model, e.head).encoder for e in experts]
-    base = lab.network(str(lab.base), experts[0].head).encoder
+    modules = [lab.encoder(e.model, e.head) for e in experts]
+    base = lab.encoder(str(lab.base), experts[0].head)
     data = [[inputs for inputs, _ in lab.examples(e.task, "statistics", e.head).all(16)] for e in experts]
     files = [str(file) for file in measured.files] or None
     with Meter() as meter, FlopCounter() as counter:
@@ -166,9 +167,9 @@ def baseline_row(lab: Lab, name: str, experts: Sequence[Expert], seed: int) -> d
     """What is no merge: its scores, and the cost of making it (as that of a merge), as plain data."""
     with Meter() as meter:
         if name == "experts":
-            row = {"scores": _summaries(_each_its_own(lab, [str(e.model) for e in experts], experts))}
+            row = _parts(_each_its_own(lab, [str(e.model) for e in experts], experts))
         elif name == "ensemble":
-            row = {"scores": _summaries(ensemble(lab, experts))}
+            row = _parts(Found(ensemble(lab, experts)))
         elif name == "base":
             row = _scored(lab, str(lab.base), experts)
         elif name == "multitask":
@@ -216,19 +217,31 @@ def _searched(found: Tuning) -> dict[str, Any]:
 
 def _scored(lab: Lab, model: State | str, experts: Sequence[Expert], *, everything: bool = True) -> dict[str, Any]:
     """What a model scores on the tasks of some experts and, of `everything`, on the held-out ones."""
-    results = lab.evaluator("test", experts)(model).results
-    return {
-        "scores": _summaries({n: r.outcomes for n, r in results.items()}),
-        "held_out": _summaries(held_out(lab, model)) if everything else {},
-        "composition": _summaries(composed(lab, model, experts)),
-    }
+    found = found_of(lab.evaluator("test", experts).measure(model))
+    return _parts(
+        found, held_out=held_out(lab, model) if everything else Found(), composition=composed(lab, model, experts)
+    )
 
 
-def _each_its_own(lab: Lab, models: Sequence[State | str], experts: Sequence[Expert]) -> dict[str, Outcomes]:
+def _each_its_own(lab: Lab, models: Sequence[State | str], experts: Sequence[Expert]) -> Found:
     """What each model scores on the task of the expert at its place."""
+    found = Found()
+    for expert, model in zip(experts, models, strict=True):
+        try:
+            found.take(found_of(lab.evaluator("test", [expert]).measure(model)))
+        except MerganserError as error:
+            found.errors[expert.task] = error
+    return found
+
+
+def _parts(found: Found, **others: Found) -> dict[str, Any]:
+    """Scores as plain data, with the errors and warnings of all tasks."""
+    parts = [found, *others.values()]
     return {
-        e.task: lab.evaluator("test", [e])(model).results[e.task].outcomes
-        for e, model in zip(experts, models, strict=True)
+        "scores": _summaries(found.outcomes),
+        **{name: _summaries(other.outcomes) for name, other in others.items()},
+        "errors": {name: described(error) for part in parts for name, error in part.errors.items()},
+        "warnings": {name: list(texts) for part in parts for name, texts in part.warnings.items()},
     }
 
 

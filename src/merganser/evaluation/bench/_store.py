@@ -24,11 +24,16 @@ def file_digest(*paths: Path) -> str:
     """A digest of the bytes of files, and of the weights of folders."""
     state = hashlib.blake2b(digest_size=8)
     for path in paths:
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        for file in _weights(path) if path.is_dir() else [path]:
             with file.open("rb") as stream:
                 while piece := stream.read(1 << 22):
                     state.update(piece)
     return state.hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weights of a model; all its files where they have another format."""
+    return sorted(folder.glob("*.safetensors")) or sorted(file for file in folder.iterdir() if file.is_file())
 
 
 @contextmanager

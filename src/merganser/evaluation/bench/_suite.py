@@ -130,6 +130,8 @@ def _check(suite: Suite, document: Document) -> None:
             if not one_file and task.test is None:
                 raise fault(f"a task of the kind `{task.kind}` has a `test` file", group, name)
             trains = task.train is not None or one_file
+            if group == "held_out" and task.kind == "classification" and not trains:
+                raise fault(f"`{name}` has no `train` file to fit a head on", group, name)
             if group == "tasks" and task.expert is None and (not trains or task.kind in ("choice", "generation")):
                 raise fault(f"`{name}` has no `expert`, and cannot be trained here", group, name)
     for name, composed in settings.composition.items():
