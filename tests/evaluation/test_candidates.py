@@ -25,7 +25,7 @@ DATA_FREE = sorted(
     and method.needs <= {"base"}
     and method.arity[0] <= 2
     and method.arity[1] is None
-    and not method.one_per_model
+    and not method().one_per_model
 )
 
 

@@ -141,3 +141,9 @@ def test_flag_of_copies_is_the_model_and_leaves_out_what_equals_the_base() -> No
     for rank in (1, 2):
         merged = mg.merge([a, copy, a], base=base, method="flag", rank=rank)
         assert all(torch.allclose(merged[k], v, rtol=1e-9, atol=1e-9) for k, v in a.items())
+
+
+def test_flag_of_vectors_that_cancel_has_no_direction() -> None:
+    models = [{"w": torch.tensor([1.0, 0.1, 0.0])}, {"w": torch.tensor([-1.0, 0.1, 0.05])}]
+    merged = mg.merge(models, base={"w": torch.zeros(3)}, method="flag", rescale="norm")["w"]
+    assert float(merged.abs().max()) < 1e-6

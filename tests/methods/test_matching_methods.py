@@ -226,3 +226,14 @@ def test_the_smallest_eigenvalue_is_estimated(size: int, smallest: float) -> Non
     values[-1] = smallest
     found = smallest_eigenvalue(torch.linalg.cholesky(q @ values.diag() @ q.T))
     assert smallest * (1 - 1e-6) <= found <= 1.5 * smallest
+
+
+@pytest.mark.parametrize("method", ["actmat", "tact", "wudi", "ace"])
+def test_embeddings_are_matrices_like_others(method: str) -> None:
+    states = [torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
+    merged = [
+        mg.merge([{name: w} for w in states[1:]], base={name: states[0]}, method=method)[name]
+        for name in ("embed_tokens.weight", "fc.weight")
+    ]
+    assert torch.equal(*merged)
+    assert not torch.allclose(merged[0], (states[1] + states[2]) / 2)

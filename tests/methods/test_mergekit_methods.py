@@ -200,3 +200,61 @@ def test_a_base_is_used_where_it_is_given_and_not_asked_for() -> None:
     assert not torch.allclose(with_base["m"], without["m"])
     with pytest.raises(MerganserError, match="E0308"):
         mg.merge([a, b], method="multislerp", scale=0.5)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"weights": [0.5]}])
+def test_arcee_fusion_moves_a_part_of_the_way(options: dict[str, Any]) -> None:
+    base, model = ({"w": torch.randn(6, 40, generator=torch.Generator().manual_seed(i))} for i in range(2))
+    whole = mg.merge([model], base=base, method="arcee_fusion")["w"] - base["w"]
+    half = mg.merge([model], base=base, method="arcee_fusion", **options)["w"] - base["w"]
+    assert bool((whole < 0).any())
+    assert torch.allclose(half, 0.5 * whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nuslerp_of_opposite_task_vectors_is_linear(dtype: torch.dtype, flatten: bool) -> None:
+    for seed in range(20):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        models, base = [{"w": x}, {"w": -0.7 * x}], {"w": torch.zeros(4, 5, dtype=dtype)}
+        merged = mg.merge(models, base=base, method="nuslerp", nuslerp_flatten=flatten)["w"]
+        assert torch.allclose(merged, 0.15 * x, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pairs", ["cosine", "angle"])
+def test_model_stock_of_opposite_task_vectors_stays_at_the_base(dtype: torch.dtype, pairs: str) -> None:
+    base = {"w": torch.full((3,), 4.6052, dtype=dtype), "s": torch.tensor(4.6052, dtype=dtype)}
+    for k in range(1, 40):
+        models = [{name: v + sign * 0.013 * k for name, v in base.items()} for sign in (1.0, -0.6)]
+        merged = mg.merge(models, base=base, method="model_stock", pairs=pairs)
+        for name, value in merged.items():
+            assert float((value - base[name]).abs().max()) <= 0.013 * k
+
+
+def test_model_stock_is_exact_in_float64() -> None:
+    base, a, b = states(3, seed=5)
+    merged = mg.merge([a, b], base=base, method="model_stock")
+    for name in ("m", "v", "t"):
+        x, y = a[name] - base[name], b[name] - base[name]
+        cosine = float((x * y).sum() / (x.norm() * y.norm()))
+        expected = base[name] + 2 * cosine / (1 + cosine) * (x + y) / 2
+        assert torch.allclose(merged[name], expected, rtol=0, atol=1e-12)
+
+
+def test_sce_selects_among_what_varies_only() -> None:
+    x = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
+    for count in (3, 6, 11):
+        models = [{"w": x.clone()} for _ in range(count)]
+        models[0]["w"][0, :10] += 1
+        merged = mg.merge(models, base={"w": torch.zeros(50, 50)}, method="sce", select=0.5)["w"]
+        assert int((merged != 0).sum()) == int((merged[0, :10] != 0).sum()) == 5
+
+
+def test_sce_does_not_depend_on_the_order_of_models() -> None:
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        models = [{"w": torch.randint(-3, 4, (4, 4), generator=g).double() / 8} for _ in range(3)]
+        options: dict[str, Any] = {"base": {"w": torch.zeros(4, 4).double()}, "method": "sce", "select": 0.5}
+        merged, again = (mg.merge(order, **options)["w"] for order in (models, models[::-1]))
+        assert torch.allclose(merged, again, rtol=1e-12)

@@ -81,3 +81,32 @@ def test_iterations_that_cannot_be_kept(options: dict[str, object]) -> None:
     with pytest.raises(MerganserError) as caught:
         merge([A, B], base=BASE, method="mats", statistics=KNOWN, **options)
     assert caught.value.code == "E0306"
+
+
+@pytest.mark.parametrize(
+    ("outer", "options"),
+    [
+        ("lines", {"of": "emr", "alpha": 0.5, "beta": 0.0}),
+        ("dare", {"then": "emr", "drop_rate": 0.0, "scale": 0.5}),
+        ("darex", {"then": "emr", "drop_rate": 0.0, "q": 1.0, "scale": 0.5}),
+        ("svc", {"of": "emr"}),
+        ("knots", {"then": "emr", "density": 1.0}),
+    ],
+)
+def test_a_method_around_one_with_several_results_has_as_many(outer: str, options: dict[str, Any]) -> None:
+    merged = merge([A, B], base=BASE, method=outer, **options)
+    assert isinstance(merged, list)
+    assert len(merged) == 2
+    assert not torch.equal(merged[0][NAME], merged[1][NAME])
+    if outer in ("lines", "dare", "darex"):
+        inside = merge([A, B], base=BASE, method="emr")
+        for found, whole in zip(merged, inside, strict=True):
+            assert torch.allclose(found[NAME] - BASE[NAME], 0.5 * (whole[NAME] - BASE[NAME]), atol=1e-6)
+
+
+def test_iterations_that_are_kept_pass_through_a_post_processor() -> None:
+    inner = {"method": "mats", "keep": [1, 3]}
+    several = merge([A, B], base=BASE, method="lines", of=inner, alpha=0.5, beta=0.0, statistics=KNOWN)
+    alone = merge([A, B], base=BASE, method="mats", statistics=KNOWN, iterations=3)
+    assert list(several) == [1, 3]
+    assert torch.allclose(several[3][NAME] - BASE[NAME], 0.5 * (alone[NAME] - BASE[NAME]), atol=1e-6)

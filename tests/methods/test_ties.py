@@ -51,7 +51,7 @@ def test_a_wrong_estimate_of_the_majority_is_corrected(monkeypatch: pytest.Monke
 
     def misled(self: ties.Ties, context: Context) -> ties.TiesState:
         state = prepare(self, context)
-        return ties.TiesState(state.thresholds, -state.majority)
+        return ties.TiesState(state.thresholds, {region: -sign for region, sign in state.majority.items()})
 
     monkeypatch.setattr(ties.Ties, "prepare", misled)
     sink = _MemorySink(plan)
@@ -92,3 +92,23 @@ def test_weights_scale_task_vectors_before_the_election() -> None:
     models = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([-3.0, 3.0])}]
     merged = mg.merge(models, base=base, method="ties", density=1.0, weights=[4.0, 1.0])
     assert merged["w"].tolist() == pytest.approx([1.0, (4.0 + 3.0) / 5.0])
+
+
+def test_a_trim_per_tensor_elects_the_majority_of_the_tensor() -> None:
+    base = {"a.weight": torch.zeros(2, 2), "b.weight": torch.zeros(3, 4)}
+    first = {"a.weight": torch.tensor([[1.0, -2.0], [-3.0, -4.0]]), "b.weight": torch.ones(3, 4)}
+    second = {"a.weight": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), "b.weight": torch.ones(3, 4)}
+    for trim, expected in (("model", 1.0), ("tensor", -1.0)):
+        merged = mg.merge([first, second], base=base, method="ties", density=1.0, trim=trim)
+        assert float(merged["a.weight"][0, 0]) == expected
+
+
+def test_majorities_of_large_tensors_are_those_of_each_alone() -> None:
+    generator = torch.Generator().manual_seed(4)
+    names = [f"layer{k}.weight" for k in range(5)]
+    models = [{n: torch.randint(-2, 3, (400_000,), generator=generator).float() + 0.0 for n in names} for _ in range(2)]
+    base = {n: torch.zeros(400_000) for n in names}
+    whole = mg.merge(models, base=base, method="ties", density=1.0, trim="tensor")
+    for n in names:
+        alone = mg.merge([{n: m[n]} for m in models], base={n: base[n]}, method="ties", density=1.0)
+        assert torch.equal(whole[n], alone[n])

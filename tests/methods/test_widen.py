@@ -100,3 +100,14 @@ def test_the_cosine_form_agrees_where_changes_are_large() -> None:
     chord = mg.merge(tuned, base=base, method="widen")
     cosine = mg.merge(tuned, base=base, method="widen", direction="cosine")
     assert all(torch.allclose(chord[name], cosine[name], rtol=1e-6, atol=1e-7) for name in base)
+
+
+def test_columns_of_one_row_have_no_angle() -> None:
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 6, generator=g, dtype=torch.float64)
+    delta = 0.1 * torch.randn(1, 6, generator=g, dtype=torch.float64)
+    assert bool((base.sign() == (base + delta).sign()).all())
+    merged = mg.merge([{"w": base + delta}], base={"w": base}, method="widen", score=0.5)["w"]
+    magnitudes = torch.where(2 * delta.abs()[0].argsort().argsort() > 5, 0.5, 1.0)
+    angles = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])  # all are equal: ranked by position
+    assert torch.allclose((merged - base) / delta, ((magnitudes + angles) / 2).double(), atol=1e-12)

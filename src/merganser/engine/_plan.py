@@ -173,7 +173,7 @@ class _Planner:
         budget = _enough(tensors, self.threads) if self.max_memory is None else self.max_memory
         block, peak = _memory(tensors, self.threads, budget)
         read = _bytes_read(tensors) + sum(a.spec.nbytes + b.spec.nbytes for a, b in ties)
-        outputs = _outputs(tensors)
+        outputs, one_per_model = _outputs(tensors)
         written = sum(tensor.spec.nbytes for tensor in tensors) * max(1, len(outputs))
         made = {tensor.spec.name for tensor in tensors}
         return Plan(
@@ -190,7 +190,7 @@ class _Planner:
             start=rules.demands.start,
             ties=tuple(ties),
             outputs=outputs,
-            one_per_model=method.one_per_model,
+            one_per_model=one_per_model,
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
@@ -203,17 +203,20 @@ class _Planner:
         )
 
 
-def _outputs(tensors: Sequence[TensorPlan]) -> tuple[int, ...]:
+def _outputs(tensors: Sequence[TensorPlan]) -> tuple[tuple[int, ...], bool]:
     """The keys of several results, on which all methods of a recipe that return several must agree.
+
+    Returns:
+        The keys, and whether they are the models.
 
     Raises:
         RecipeError: E0306.
     """
-    found = {t.method.outputs(len(t.inputs)): t for t in tensors if t.method is not None}
+    found = {t.method.outputs(len(t.inputs)): t.method.one_per_model for t in tensors if t.method is not None}
     found.pop((), None)
     if len(found) > 1:
         raise RecipeError("E0306", f"the tensors would have different results: {', '.join(map(str, sorted(found)))}")
-    return next(iter(found), ())
+    return next(iter(found.items()), ((), False))
 
 
 def _enough(tensors: Sequence[TensorPlan], threads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from merganser.kernels._arithmetic import balance, count_ones, flip_, nonzero, p
 from merganser.kernels._compiled import loops
 
 __all__ = ["Disjoint", "variance"]
+
+_TILE = 1 << 13
+"""Elements whose float64 copies stay in the cache."""
 
 _TAKE = {"mean": 0, "sum": 1, "max": 2}
 
@@ -138,22 +142,25 @@ class Disjoint:
 
 
 def variance(vectors: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-    """The variance over the vectors, entry by entry, in `out`: ``mean((t_i - mean(t))^2)``.
+    """The variance over the vectors, entry by entry, in `out`: ``sum_{i<j} (t_i - t_j)^2 / n^2`` for n vectors.
 
-    Complexity: O(vectors x elements).
+    That is ``mean((t_i - mean(t))^2)``, but zero exactly where all are equal. Accumulated in float64, so that the
+    order of the vectors hardly matters.
+
+    Complexity: O(vectors^2 x elements).
     """
     if (fast := loops(*vectors, out)) is not None:
         fast.variance(_addresses(vectors), out.numpy())
         return out
-    mean, gap = torch.zeros_like(out), torch.empty_like(out)
-    for vector in vectors:
-        mean.add_(vector)
-    mean.div_(len(vectors))
-    out.zero_()
-    for vector in vectors:
-        torch.sub(vector, mean, out=gap)
-        out.add_(gap.mul_(gap))
-    return out.div_(len(vectors))
+    step = _TILE if out.device.type == "cpu" else max(1, out.numel())
+    for first in range(0, out.numel(), step):
+        wide = [vector[first : first + step].double() for vector in vectors]
+        total, gap = torch.zeros_like(wide[0]), torch.empty_like(wide[0])
+        for one, other in itertools.combinations(wide, 2):
+            torch.sub(one, other, out=gap)
+            total.add_(gap.mul_(gap))
+        out[first : first + step] = total.div_(len(vectors) ** 2)
+    return out
 
 
 def _addresses(vectors: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:

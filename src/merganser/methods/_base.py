@@ -66,7 +66,6 @@ class Method(ABC):
         base_is_model: whether a base that is also listed among the models counts as one of them.
         symmetric: whether the order of the models, with their weights and statistics, does not matter.
         takes_base_statistics: whether it makes use of statistics of the base, if they are given.
-        one_per_model: whether its several `outputs` belong to the models, in their order.
     """
 
     scale: float = option(1.0, "lambda: multiplies the merged task vector")
@@ -81,7 +80,6 @@ class Method(ABC):
     base_is_model: ClassVar[bool] = False
     symmetric: ClassVar[bool] = True
     takes_base_statistics: ClassVar[bool] = False
-    one_per_model: ClassVar[bool] = False
     default_init: ClassVar[str | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -114,6 +112,11 @@ class Method(ABC):
     def uses_base_statistics(self) -> bool:
         """Whether it makes use of statistics of the base, if they are given."""
         return self.takes_base_statistics
+
+    @property
+    def one_per_model(self) -> bool:
+        """Whether the several `outputs` belong to the models, in their order."""
+        return False
 
     def outputs(self, models: int) -> tuple[int, ...]:
         """Keys of the merged models, where there are several; empty for one."""

@@ -51,6 +51,15 @@ class Composed(Method):
     def inner(self) -> Method:
         """The method inside."""
 
+    @property
+    def one_per_model(self) -> bool:
+        """As of the inner method."""
+        return self.inner.one_per_model
+
+    def outputs(self, models: int) -> tuple[int, ...]:
+        """Those of the inner method; a subclass finishes each of its `results`."""
+        return self.inner.outputs(models)
+
     def initial(self) -> str | None:
         """Where the inner method starts."""
         return self.inner.initial()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.blocks import BlockSpec, Role
+from merganser.blocks import BlockSpec
 from merganser.methods._block import Block
 from merganser.methods._matrices import MatrixMethod, is_matrix
 from merganser.operators import solve_psd
@@ -56,15 +56,15 @@ def regress(
 
 @dataclass(frozen=True)
 class Regression(MatrixMethod):
-    """A method that solves a linear system for the merged task vector of each matrix that is no embedding."""
+    """A method that solves a linear system for the merged task vector of each matrix, embeddings included."""
 
     def buffers(self, models: int) -> int:
         """The task vectors of all models, and a sum."""
         return models + 2
 
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
-        """Matrices that are not embeddings."""
-        return is_matrix(spec) and spec.role in (Role.LINEAR, Role.HEAD)
+        """Matrices."""
+        return is_matrix(spec)
 
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """Gram matrices of the task vectors and their sum, in float64, and task vectors in float64."""

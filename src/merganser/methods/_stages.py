@@ -32,7 +32,7 @@ def second_stage(election: str, merge: str, scale: float) -> Method:
 
 def second_state(stage: Method, models: int) -> State:
     """The state of the second stage, which needs no passes: nothing is trimmed any more."""
-    return TiesState({None: (Threshold(0.0),) * models}, majority=1) if isinstance(stage, Ties) else None
+    return TiesState({None: (Threshold(0.0),) * models}, majority={None: 1}) if isinstance(stage, Ties) else None
 
 
 def l1_factors(

@@ -78,13 +78,12 @@ class ArceeFusion(Method, name="arcee_fusion"):
     def merge(self, block: Block, state: FusionState) -> torch.Tensor:
         """Model or base, entry by entry."""
         name = block.key.name
-        delta = block.delta(0, slot=0)
-        if not delta.numel():
-            return delta
+        if not block.base.numel():
+            return block.base.clone()
         taken = kernels.at_least(_importance(block, state.divergences[name]), state.thresholds[name])
         factor = self.scale * block.weights[0]
         if factor != 1:
-            return delta.mul_(factor).mul_(taken).add_(block.base)
+            return block.delta(0, slot=0).mul_(factor).mul_(taken).add_(block.base)
         return torch.where(taken.bool(), block.model(0, slot=0), block.base)
 
 

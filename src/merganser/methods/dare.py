@@ -103,7 +103,14 @@ class Dare(Composed, name="dare"):
 
     def merge(self, block: Block, state: _DareState) -> torch.Tensor:
         """The second stage on the dropped and rescaled task vectors."""
-        merged = self.inner.merge(TransformedBlock(block, state.transform), state.inner)
+        return self._finish(block, self.inner.merge(TransformedBlock(block, state.transform), state.inner))
+
+    def results(self, block: Block, state: _DareState) -> list[torch.Tensor]:
+        """Those of the second stage."""
+        found = self.inner.results(TransformedBlock(block, state.transform), state.inner)
+        return [self._finish(block, merged) for merged in found]
+
+    def _finish(self, block: Block, merged: torch.Tensor) -> torch.Tensor:
         return rescaled(block, merged, self.scale) if isinstance(self.then, Method) else merged
 
     def review(self, state: _DareState, notes: Mapping[str, int]) -> _DareState | None:

@@ -220,7 +220,14 @@ class Darex(Composed, Search, name="darex"):
 
     def merge(self, block: Block, state: _DarexState) -> torch.Tensor:
         """The merge of what is left."""
-        merged = self.inner.merge(TransformedBlock(block, state.transform), state.inner)
+        return self._finish(block, self.inner.merge(TransformedBlock(block, state.transform), state.inner))
+
+    def results(self, block: Block, state: _DarexState) -> list[torch.Tensor]:
+        """Those of the merge of what is left."""
+        found = self.inner.results(TransformedBlock(block, state.transform), state.inner)
+        return [self._finish(block, merged) for merged in found]
+
+    def _finish(self, block: Block, merged: torch.Tensor) -> torch.Tensor:
         return merged if isinstance(self.then, TaskArithmetic) else rescaled(block, merged, self.scale)
 
     def review(self, state: _DarexState, notes: Mapping[str, int]) -> _DarexState | None:

@@ -44,7 +44,11 @@ class Emr(Method, name="emr"):
     scope = "model"
     needs = frozenset({"base"})
     symmetric = False
-    one_per_model = True
+
+    @property
+    def one_per_model(self) -> bool:
+        """The models of the tasks."""
+        return True
 
     def outputs(self, models: int) -> tuple[int, ...]:
         """One per model."""

@@ -17,6 +17,9 @@ from merganser.methods._options import option
 
 __all__ = ["Flag", "flag_projection"]
 
+_CANCELLED = 1e-7
+"""A sum of projected unit vectors that is shorter than this, each, is rounding, and has no direction."""
+
 
 @dataclass(frozen=True)
 class Flag(Method, name="flag"):
@@ -87,7 +90,7 @@ class Flag(Method, name="flag"):
         if self.rescale == "median":
             return median / len(norms)
         length = math.sqrt(max(0.0, float(found @ cosines @ found)))
-        return median / length if length > 0 else 0.0
+        return median / length if length > _CANCELLED * len(norms) else 0.0
 
 
 def flag_projection(

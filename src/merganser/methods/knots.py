@@ -234,8 +234,18 @@ class Knots(Composed, name="knots"):
         aligned = _AlignedBlock(block, state.bases.of(block))
         if not aligned.spec.numel:
             return block.base.clone()
-        merged = self.inner.merge(aligned, state.inner).view(aligned.spec.shape).double()
-        result = (aligned.basis @ merged).view(-1).to(block.base.dtype).add_(block.base)
+        return self._finish(block, aligned, self.inner.merge(aligned, state.inner))
+
+    def results(self, block: Block, state: _KnotsState) -> list[torch.Tensor]:
+        """Those of the method inside; of other tensors the one mean."""
+        aligned = _AlignedBlock(block, state.bases.of(block)) if is_matrix(block.spec) else None
+        if aligned is None or not aligned.spec.numel:
+            return [self.merge(block, state)]
+        return [self._finish(block, aligned, merged) for merged in self.inner.results(aligned, state.inner)]
+
+    def _finish(self, block: Block, aligned: _AlignedBlock, merged: torch.Tensor) -> torch.Tensor:
+        vector = aligned.basis @ merged.view(aligned.spec.shape).double()
+        result = vector.view(-1).to(block.base.dtype).add_(block.base)
         return rescaled(block, result, self.scale) if isinstance(self.then, Method) else result
 
     def review(self, state: _KnotsState, notes: Mapping[str, int]) -> _KnotsState | None:

@@ -14,6 +14,7 @@ from merganser.kernels import Partials
 from merganser.methods._base import About, Method, State
 from merganser.methods._block import Block, Context
 from merganser.methods._compose import Composed
+from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option
 from merganser.methods.task_arithmetic import TaskArithmetic
 
@@ -125,8 +126,12 @@ class Lines(Composed, name="lines"):
         factor = self.scale * state.factors[block.key.name]
         if isinstance(self.of, TaskArithmetic):
             return replace(self.of, scale=self.of.scale * factor).merge(block, state.inner)
-        merged = self.of.merge(block, state.inner).reshape(-1)
-        return merged.sub_(block.base).mul_(factor).add_(block.base)
+        return rescaled(block, self.of.merge(block, state.inner).reshape(-1), factor)
+
+    def results(self, block: Block, state: _LinesState) -> list[torch.Tensor]:
+        """A step towards each of the results of the method inside."""
+        factor = self.scale * state.factors[block.key.name]
+        return [rescaled(block, merged.reshape(-1), factor) for merged in self.of.results(block, state.inner)]
 
     def review(self, state: _LinesState, notes: Mapping[str, int]) -> _LinesState | None:
         """What the method inside says."""

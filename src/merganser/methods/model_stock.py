@@ -79,7 +79,9 @@ class ModelStock(Method, name="model_stock"):
             parts[key.name].append(dots)
         ratios = {}
         for name, pieces in parts.items():
-            sums = torch.tensor([kernels.exact_sum(column) for column in zip(*pieces, strict=True)]).double()
+            sums = torch.tensor(
+                [kernels.exact_sum(column) for column in zip(*pieces, strict=True)], dtype=torch.float64
+            )
             ratios[name] = float(self._ratio(list(sums), context.models))
         return ratios
 

@@ -21,7 +21,8 @@ __all__ = ["NuSlerp"]
 
 Array = npt.NDArray[np.float64]
 
-_COLLINEAR = 1e-8
+_COLLINEAR = 1e-6
+"""Sine of an angle below which two vectors count as collinear: rounded to float32 they are off by about 1e-7."""
 _LONGEST = 1 << 13
 """Elements of a vector that blocks keep together; the inner product of longer ones is divided among threads."""
 

@@ -57,10 +57,6 @@ class Svc(Composed, name="svc"):
         """The method whose result is calibrated."""
         return self.of if isinstance(self.of, Method) else TaskArithmetic(scale=0.3)
 
-    def outputs(self, models: int) -> tuple[int, ...]:
-        """Those of the method inside."""
-        return self.inner.outputs(models)
-
     def passes(self) -> int:
         """Those of the method inside, and one for the responses."""
         return self.inner.passes() + 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method
-from merganser.methods._block import Block, Context
+from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._options import option, per_model
 from merganser.methods._select import Threshold, exact_thresholds, magnitude_thresholds
 from merganser.methods._tensor_select import tensor_thresholds
@@ -16,6 +17,7 @@ from merganser.methods._tensor_select import tensor_thresholds
 __all__ = ["Ties", "TiesState"]
 
 _SAMPLE = 1 / 64
+_SAMPLE_OF_TENSORS = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class TiesState:
     """
 
     thresholds: Mapping[str | None, tuple[Threshold, ...]]
-    majority: int
+    majority: Mapping[str | None, int]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Ties(Method, name="ties"):
     """Trim, elect sign, disjoint merge.
 
     1. Trim: of each task vector keep the entries of largest magnitude, over the whole model or per tensor.
-    2. Elect: ``s = sign(sum_i w_i t_i)`` per entry; an elected 0 becomes the majority sign of the whole model.
+    2. Elect: ``s = sign(sum_i w_i t_i)`` per entry; an elected 0 becomes the majority sign of the whole model,
+       or of the tensor where the trim is per tensor.
     3. Merge: over the models whose entry has sign s, ``sum w_i t_i / sum |w_i|`` (or the sum, or the largest).
     4. ``W = W_0 + scale merged``.
 
@@ -80,13 +83,19 @@ class Ties(Method, name="ties"):
     def prepare(self, context: Context) -> TiesState:
         """The thresholds, and an estimate of the majority sign."""
         whole = self.trim == "model"
-        state = TiesState({None: self._thresholds(context)} if whole else self._tensor_thresholds(context), majority=0)
+        state = TiesState({None: self._thresholds(context)} if whole else self._tensor_thresholds(context), majority={})
         if self.zero_sign == "positive":
-            return replace(state, majority=1)
+            return replace(state, majority=dict.fromkeys(state.thresholds, 1))
         sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
-        share = _SAMPLE if sampled else 1.0
-        balances = context.each(lambda block: self._balance(block, state), share=share)
-        return replace(state, majority=_sign(sum(balance for _, balance in balances)))
+        share = (_SAMPLE if whole else _SAMPLE_OF_TENSORS) if sampled else 1.0
+        balances: Counter[str | None] = Counter()
+        for key, balance in context.each(lambda block: self._balance(block, state), share=share):
+            balances[self._region(key)] += balance
+        return replace(state, majority={region: _sign(balances[region]) for region in state.thresholds})
+
+    def _region(self, key: BlockKey) -> str | None:
+        """What a block's threshold and majority belong to: a tensor, or the whole model (None)."""
+        return None if self.trim == "model" else key.name
 
     def _kept(self, numel: int, models: int) -> list[int]:
         """How many entries of each model are kept, without the authors' one more."""
@@ -118,7 +127,7 @@ class Ties(Method, name="ties"):
 
     def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
         """The task vectors, and the magnitude from which on entries are kept."""
-        thresholds = state.thresholds[None if self.trim == "model" else block.key.name]
+        thresholds = state.thresholds[self._region(block.key)]
         vectors, floors = block.deltas(), []
         for vector, threshold in zip(vectors, thresholds, strict=True):
             floor = threshold.floor(block.key, vector.dtype)
@@ -136,9 +145,11 @@ class Ties(Method, name="ties"):
         """The disjoint merge of one block."""
         merged = block.buffer("total")
         vectors, floors = self._vectors(block, state)
-        balance, doubtful = self._election(block.weights, state.majority).merge(vectors, block.base, merged, floors)
+        region = self._region(block.key)
+        election = self._election(block.weights, state.majority[region])
+        balance, doubtful = election.merge(vectors, block.base, merged, floors)
         if self.zero_sign == "majority":
-            block.note("balance", balance)
+            block.note(_note(region), balance)
             if doubtful:
                 block.doubt()
         return merged
@@ -151,8 +162,12 @@ class Ties(Method, name="ties"):
         """Whether the majority sign was estimated correctly."""
         if self.zero_sign == "positive":
             return None
-        majority = _sign(notes.get("balance", 0))
+        majority = {region: _sign(notes.get(_note(region), 0)) for region in state.majority}
         return None if majority == state.majority else replace(state, majority=majority)
+
+
+def _note(region: str | None) -> str:
+    return "balance" if region is None else f"balance of {region}"
 
 
 def _sign(value: int) -> int:

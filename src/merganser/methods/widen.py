@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -69,7 +70,7 @@ class Widen(Method, name="widen"):
                 sums = torch.zeros(2 * context.models + 1, _columns(spec), dtype=torch.float64)
                 for column, values in found:
                     sums[:, column : column + values.shape[1]] += values
-                state[name] = self._column_scores(sums, context.dtype)
+                state[name] = self._column_scores(sums, spec.shape[0], context.dtype)
             elif len(spec.shape) < 2:
                 own: list[list[kernels.Partials]] = [[] for _ in range(context.models)]
                 for index, values in found:
@@ -78,14 +79,19 @@ class Widen(Method, name="widen"):
                 state[name] = torch.tensor(totals, dtype=torch.float64) / max(1, spec.numel)
         return state
 
-    def _column_scores(self, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The scores of a matrix's columns, from ``||W_0||^2`` and every model's ``||t||^2`` and ``<t, W_0>``."""
+    def _column_scores(self, sums: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """The scores of a matrix's columns, from ``||W_0||^2`` and every model's ``||t||^2`` and ``<t, W_0>``.
+
+        Columns that are parallel up to the rounding of these sums have the same direction.
+        """
         c, a, b = sums[0], sums[1::2], sums[2::2]
         before, after = c.sqrt(), (c + 2 * b + a).clamp(min=0).sqrt()
         magnitude = (2 * b + a).abs() / (before + after)
         both = before * after
         if self.direction == "chord":
-            direction = (a * c - b * b).clamp(min=0) / (both * (both + b + c))
+            apart = a * c - b * b
+            noise = (8 + math.sqrt(rows)) * torch.finfo(apart.dtype).eps * a * c
+            direction = torch.where(apart > noise, apart, 0.0) / (both * (both + b + c))
             direction = torch.where(b + c > 0, direction, 1 - (b + c) / both)
         else:
             direction = (1 - ((b + c) / both).to(dtype)).double()

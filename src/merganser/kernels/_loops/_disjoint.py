@@ -92,23 +92,20 @@ def disjoint(
 
 @compiled
 def variance(addresses: Array, out: Array) -> None:
-    """The variance over vectors of float32, entry by entry: ``mean((t_i - mean(t))^2)``, sums in their order."""
-    size, none, number = out.size, np.float32(0), np.float32(addresses.size)
-    mean = np.empty(_TILE, np.float32)
+    """The variance over n vectors of float32, entry by entry: ``sum_{i<j} (t_i - t_j)^2 / n^2``, sums in float64."""
+    size, number = out.size, np.float64(addresses.size * addresses.size)
+    total = np.empty(_TILE, np.float64)
     for first in range(0, size, _TILE):
         count = min(size - first, _TILE)
         result = out[first : first + count]
         for j in range(count):
-            mean[j] = result[j] = none
+            total[j] = 0.0
         for k in range(addresses.size):
-            vector = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            for j in range(count):
-                mean[j] += vector[j]
+            one = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
+            for m in range(k + 1, addresses.size):
+                other = vector_at(float32_pointer(addresses[m]), size, np.float32)[first : first + count]
+                for j in range(count):
+                    gap = np.float64(one[j]) - np.float64(other[j])
+                    total[j] += gap * gap
         for j in range(count):
-            mean[j] /= number
-        for k in range(addresses.size):
-            vector = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            for j in range(count):
-                result[j] += (vector[j] - mean[j]) * (vector[j] - mean[j])
-        for j in range(count):
-            result[j] /= number
+            result[j] = np.float32(total[j] / number)
