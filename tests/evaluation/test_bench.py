@@ -26,7 +26,7 @@ from merganser.evaluation.bench._store import written_whole
 from merganser.statistics import Statistics
 from merganser.training import fold_ia3
 from tests.conftest import Cli
-from tests.text_models import sentences, write_decoder, write_encoder, write_lines
+from tests.text_models import sentences, write_decoder, write_encoder, write_lines, write_seq2seq
 
 pytest.importorskip("optuna")
 transformers = pytest.importorskip("transformers")
@@ -310,6 +310,36 @@ def test_experts_that_are_given(tmp_path: Path, whole: bool) -> None:
         save_file({"weight": torch.randn(2, 16), "bias": torch.zeros(2)}, tmp_path / "one.safetensors")
         again = mg.bench(suite, tmp_path / "out", data=tmp_path)
         assert next(s for s in again["steps"] if s["name"] == "average seed 0")["state"] == "done"
+
+
+def test_multiple_choice_is_matched_on_the_right_answers(tmp_path: Path) -> None:
+    tasks = {}
+    write_seq2seq(tmp_path / "base")
+    for number, name in enumerate(("one", "two")):
+        write_seq2seq(tmp_path / name, seed=3 + number)
+        records = [{"text": t, "choices": ["a", "film"], "label": i % 2} for i, t in enumerate(sentences(40, number))]
+        for part, some in (("train", records[:30]), ("test", records[30:])):
+            write_lines(tmp_path / f"{name}.{part}.jsonl", some)
+        tasks[name] = {"kind": "choice", "train": f"{name}.train.jsonl", "test": f"{name}.test.jsonl", "expert": name}
+    suite = {
+        "name": "choice",
+        "base": {"path": "base"},
+        "max_length": 16,
+        "tasks": tasks,
+        "splits": {"test": 10, "validation": 8, "statistics": 12},
+        "statistics": {"kinds": ["kfac"], "estimator": "empirical"},
+        "methods": [{"method": "regmean"}, {"method": "mats", "options": {"iterations": 2}}],
+        "baselines": ["base", "experts"],
+    }
+    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
+    assert {step["state"] for step in found["steps"]} == {"done"}
+    assert all(row["held_in"] is not None for row in found["rows"])
+    lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
+    file = next((tmp_path / "out" / "cache").glob("data/one-*")) / "statistics.jsonl"
+    right = [record["choices"][record["label"]] for record in map(json.loads, file.read_text().splitlines())]
+    examples = lab.examples("one", "statistics", None)
+    targets = [tuple(examples.batch([index])[1][0].tolist()) for index in range(12)]
+    assert len(set(zip(right, targets, strict=True))) == len(set(right)) == len(set(targets)) == 2
 
 
 def test_random_subsets_are_different_ones() -> None:

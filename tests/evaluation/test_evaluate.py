@@ -362,3 +362,11 @@ def test_shuffled_examples_are_drawn_from_the_whole_file(tmp_path: Path) -> None
     other.write_text("\n".join(lines[:5]))
     kept = mg.evaluate(folder, {"tasks": {"t": {**task, "exclude": [str(other)]}}}).results["t"]
     assert len(kept.digests) == len(lines) - 5
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path, cli: Cli) -> None:
+    folder = write_decoder(tmp_path / "m")
+    data = write_lines(tmp_path / "d.jsonl", [{"text": t} for t in sentences(2)])
+    (tmp_path / "t.yml").write_text(f"tasks: {{t: {{kind: perplexity, data: {data}}}}}\n")
+    cli("eval", folder, "--tasks", tmp_path / "t.yml", "--device", device).failed("E0706", device)

@@ -5,7 +5,7 @@ from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
 from merganser.engine._locked import Locked, open_locked
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
-from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, in_memory, save, to_memory
+from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, in_memory, save, to_memory, usable_device
 from merganser.engine._names import describe_method
 from merganser.engine._onto import onto_recipe
 from merganser.engine._place import check_output
@@ -58,6 +58,7 @@ __all__ = [
     "statistics",
     "subspaces",
     "to_memory",
+    "usable_device",
     "verify",
     "versions",
 ]

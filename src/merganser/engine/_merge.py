@@ -24,7 +24,7 @@ from merganser.engine._solved import unsolved_systems
 from merganser.engine._stream import Stream
 from merganser.errors import EnvironmentFault, NumericError, Place, escape
 
-__all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory"]
+__all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory", "usable_device"]
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -126,7 +126,7 @@ def execute(
     stream = Stream(
         executor,
         plan.block_elements,
-        device=_device(device),
+        device=usable_device(device),
         check_finite=not allow_nonfinite,
         counters=plan.counters,
         budget=plan.max_memory,
@@ -173,7 +173,7 @@ def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
     return Findings(warnings, reports, memories[0] if len(memories) == 1 else {})
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
     """A device that exists.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.blocks import is_head
 from merganser.checkpoint import Checkpoint, open_checkpoint, refuse_unmergeable
+from merganser.engine import usable_device
 from merganser.errors import InputError, Place, UsageError
 from merganser.statistics._models import ModelFolder, build_model, open_model
 
@@ -104,11 +105,12 @@ def open_subject(model: Any, base: Path | None, device: str | torch.device | Non
 
     Raises:
         InputError: the model cannot be read.
+        EnvironmentFault: E0706, there is no such device.
     """
     if isinstance(model, torch.nn.Module):
         first = next(model.parameters(), None)
         where = (
-            torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
+            usable_device(device) if device is not None else first.device if first is not None else torch.device("cpu")
         )
         home = None if base is None else open_model(os.fspath(base))
         return Subject(type(model).__name__, {}, home, model.to(where), where)
@@ -120,7 +122,7 @@ def open_subject(model: Any, base: Path | None, device: str | torch.device | Non
     tensors = dict(model) if isinstance(model, Mapping) else read_tensors(model)
     if is_path:
         checkpoint.close()
-    return Subject(label, tensors, home, None, torch.device(device or "cpu"))
+    return Subject(label, tensors, home, None, usable_device(device))
 
 
 def read_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -57,7 +57,7 @@ def metric(block: Block, objective: str, index: int) -> Operator | None:
         rows = block.statistic("rows", index)
         return None if rows is None else LowRank(rows / math.sqrt(len(rows)), sizes=_sizes(block))
     gram = None if block.spec.role is Role.EMBEDDING else block.statistic("gram", index)
-    if gram is None:
+    if gram is None or gram.dim() == 1:  # the counts of rows that were looked up: an embedding, whatever its name
         return None
     _check_gram(block, "gram", index, gram)
     if not gram.any():

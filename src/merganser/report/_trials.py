@@ -77,13 +77,22 @@ def _curve(name: str, option: str, trials: Sequence[Trial], *, alone: bool) -> P
         cloud = [Point(str(t.number), x, t.value) for x, t in zip(xs, ordered, strict=True)]
         drawing = points(name, cloud, x=option, y="mean score", named=False)
     return Picture(
-        f"Score along {option}",
+        _title(option),
         f"{'Lines' if alone else 'Points'} of {len(trials)} trials: score against {option}. The mean is greatest at "
         f"{where}: {number(best.value, 3)}.",
         drawing,
         Table(f"Score along {option}", (option, "task", "score", "lowest", "highest"), tuple(rows)),
         "The table has 95 % intervals." if alone else "Other options change as well.",
     )
+
+
+def _title(option: str) -> str:
+    """The scale runs along the line through the base and the merge, t from one model to the other."""
+    lines_ = {
+        "scale": "Interpolation from the base (0) to the merge (1): score along scale",
+        "t": "Interpolation from the first model (0) to the second (1): score along t",
+    }
+    return lines_.get(option, f"Score along {option}")
 
 
 def fronts(name: str, trials: Sequence[Trial]) -> list[Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -177,10 +178,11 @@ class Lab:
         return read_tensors(self.base)
 
     def examples(self, name: str, part: str, head: Path | None) -> Examples:
-        """The items of a part of a task, as batches."""
+        """The items of a part of a task, as batches; of choices the right ones."""
         if (name, part) not in self._prepared:
             judge = Evaluator(Tasks((self.task(name, part, head),), self.base, 0))
-            self._prepared[name, part] = judge.prepared(self.home)[name]
+            prepared = judge.prepared(self.home)[name]
+            self._prepared[name, part] = _right(prepared) if self.entry(name).kind == "choice" else prepared
         return Examples(self._prepared[name, part], self.home.config)
 
     def encoder(self, model: Any, head: Path | None) -> nn.Module:
@@ -289,6 +291,15 @@ def _width(config: Mapping[str, Any]) -> int:
     """The width of what a head reads."""
     sizes = config.get("hidden_sizes")
     return int(sizes[-1] if isinstance(sizes, list) else config.get("hidden_size") or config["d_model"])
+
+
+def _right(prepared: Prepared) -> Prepared:
+    """Of the items of multiple choice, one for every choice, those that are right."""
+    found, at = [], 0
+    for example in prepared.extra["examples"]:
+        found.append(prepared.items[at + example.label])
+        at += len(example.choices)
+    return dataclasses.replace(prepared, items=found)
 
 
 def _selected(found: Statistics, named: Callable[[str], str | None]) -> Statistics:
