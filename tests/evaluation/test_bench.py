@@ -22,6 +22,7 @@ from merganser.evaluation.bench._experts import make_expert
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._learning import Losses
 from merganser.evaluation.bench._pretraining import prepared_lab
+from merganser.evaluation.bench._statistics import statistics_of
 from merganser.evaluation.bench._store import written_whole
 from merganser.statistics import Statistics
 from merganser.training import fold_ia3
@@ -510,7 +511,7 @@ def test_experts_are_vectors(tmp_path: Path) -> None:
         assert task in ("four", "five") or score["value"] == expected.results[task].outcomes.value
     written = sum(v.numel() * 4 for v in mean.values())
     assert rows["mats"]["cost"]["merge"]["bytes"] == rows["fisher"]["cost"]["merge"]["bytes"] == written
-    known = Statistics.load(lab.statistics(experts[0]))
+    known = Statistics.load(statistics_of(lab, experts[0]))
     assert set(known.block) == set(known.fisher) == set(vectors[0])
     first = next(iter(known.block))
     assert torch.allclose(known.block[first].diag(), known.fisher[first].flatten(), rtol=1e-4)

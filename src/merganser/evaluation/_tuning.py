@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser._version import __version__
-from merganser.engine import FolderEvaluator, check_output, describe_method, make_plan, save, to_memory
+from merganser.engine import FolderEvaluator, check_output, make_plan, save, to_memory
 from merganser.errors import NumericError, Place, RecipeError, UsageError
 from merganser.evaluation._candidates import Candidates, reusable, with_options
 from merganser.evaluation._cost import Meter
-from merganser.evaluation._evaluator import Evaluator, file_identity
+from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._outcomes import Evaluation
 from merganser.evaluation._overlap import refuse_overlap
 from merganser.evaluation._space import Space, grid
+from merganser.evaluation._study import study_name
 from merganser.evaluation._trials import OBJECTIVES, SAMPLERS, Trial, Trials
 from merganser.evaluation._tuned import described, document_of, figures, front_of, record_of, task_facts, trials_of
 from merganser.recipe import Recipe
@@ -139,7 +138,7 @@ class _Search:
         self._folders = 0
         self._names: tuple[str, ...] = tuple(self._digests)
         self._trials = Trials(
-            self._name(points),
+            study_name(recipe, space, points, (sampler, objective, seed), self._measure, self._digests),
             space,
             sampler=sampler,
             points=points,
@@ -251,29 +250,6 @@ class _Search:
         labelled = {task.name for task in self._measure.tasks.tasks if task.kind != "perplexity"}
         return sum(len(items) for name, items in self._digests.items() if name in labelled)
 
-    def _name(self, points: Sequence[Mapping[str, Any]]) -> str:
-        """A digest of everything that a trial's result depends on, except its options."""
-        recipe = self._recipe
-        sources = [source for part in recipe.slices for source in part.sources]
-        files = [recipe.base, recipe.init, recipe.base_statistics]
-        files += [x for source in sources for x in (source.model, source.statistics)]
-        levels = [recipe.parameters, *(part.parameters for part in recipe.slices), *(s.parameters for s in sources)]
-        rules = [(rule.patterns, str(rule.method), sorted(rule.parameters.items())) for rule in recipe.rules]
-        parts = (
-            __version__,
-            describe_method(recipe.constant_method()),
-            list(map(file_identity, files)),
-            [(source.layers, len(recipe.slices)) for source in sources],
-            [sorted(level.items()) for level in levels],
-            (rules, recipe.only, recipe.exclude, str(recipe.heads), str(recipe.files_from)),
-            {name: found.as_dict() for name, found in self._space.items()},
-            [sorted(point.items()) for point in points],
-            (self._sampler, self._objective, self._seed, recipe.seed, str(recipe.dtype)),
-            _measured_by(self._measure),
-            self._digests,
-        )
-        return f"merganser-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-
     def _finish(self, best: Trial, out: Path | None, overwrite: bool, document: Mapping[str, Any], last: _Last) -> None:
         """Make the best options an ordinary merge: write it, check how far the trial was from it, and report it."""
         plan = make_plan(with_options(self._recipe, best.params), threads=self._threads, max_memory=None)
@@ -317,12 +293,3 @@ def _seconds(began: float, merged: float) -> dict[str, float]:
 def _based(measure: Any, folder: Path | None) -> Any:
     """An evaluator for state dicts of a merge, whose configuration is that of the merge."""
     return measure.based(folder) if isinstance(measure, Evaluator) else measure
-
-
-def _measured_by(measure: Measure) -> Any:
-    """What tells whether merges are still measured in the same way, as far as that can be told."""
-    if isinstance(measure, Evaluator):
-        return measure.identity()
-    if isinstance(measure, FolderEvaluator):
-        return measure.name
-    return getattr(measure, "__module__", ""), getattr(measure, "__qualname__", type(measure).__qualname__)

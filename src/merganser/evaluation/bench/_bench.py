@@ -30,6 +30,7 @@ from merganser.evaluation.bench._rows import (
     walks,
 )
 from merganser.evaluation.bench._schema import MethodEntry, SuiteTask
+from merganser.evaluation.bench._statistics import statistics_of
 from merganser.evaluation.bench._store import key, read_json, write_json
 from merganser.evaluation.bench._suite import Suite, method_id, read_suite
 
@@ -130,7 +131,7 @@ class _Run:
             )
             made = self._step(name, depends, functools.partial(collected, self._lab, expert))
             if made is not None:
-                found[expert.task] = Measured((self._lab.statistics(expert),), Cost(**made["cost"]))
+                found[expert.task] = Measured((statistics_of(self._lab, expert),), Cost(**made["cost"]))
         return found
 
     def _baseline(

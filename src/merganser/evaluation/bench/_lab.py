@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from merganser._version import __version__
 from merganser.errors import InputError, MerganserError, Place, RecipeError
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._prepared import Prepared
@@ -27,9 +26,8 @@ from merganser.evaluation.bench._splits import split_data
 from merganser.evaluation.bench._store import file_digest, key
 from merganser.evaluation.bench._suite import Suite
 from merganser.evaluation.bench._vectors import OfVectors, ones
-from merganser.statistics import TABLES, Statistics, collect
 from merganser.statistics._models import ModelFolder, open_model
-from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, insert_ia3
+from merganser.training._ia3 import fold_ia3
 
 __all__ = ["Lab", "linear_head"]
 
@@ -234,39 +232,6 @@ class Lab:
         lines = [line for file in self.parts(name).values() for line in file.read_text(encoding="utf-8").splitlines()]
         return 1 + max(int(json.loads(line)["label"]) for line in lines)
 
-    def statistics(self, expert: Expert) -> Path:
-        """The statistics file of an expert, collected once."""
-        wanted = self.settings.statistics
-        part = self.part(expert.task, "statistics")
-        name = key(expert.digest, file_digest(part), wanted.model_dump_json(), self.settings.max_length, __version__)
-        file = self.cache / "statistics" / f"{expert.task}-{name}.safetensors"
-        if not file.exists():
-            batches = [
-                {**inputs, "labels": labels}
-                for inputs, labels in self.examples(expert.task, "statistics", expert.head).all(16)
-            ]
-            found = self._collected(expert, batches)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            found.save(file, overwrite=True)
-        return file
-
-    def _collected(self, expert: Expert, batches: Sequence[Mapping[str, Any]]) -> Statistics:
-        wanted = self.settings.statistics
-        if expert.head is not None and expert.head.is_dir():
-            whole = open_subject(expert.model, self.base, None).with_head(expert.task, expert.head)
-            found = collect(whole, batches, wanted.kinds, estimator=wanted.estimator)
-            own = read_tensors(expert.model).keys()
-            return _selected(found, lambda name: name if name in own else None)
-        network = self.network(expert.model if expert.vectors is None else str(self.base), expert.head)
-        if expert.vectors is not None:
-            insert_ia3(network.encoder, load_file(expert.vectors))
-        model: nn.Module = network if network.head is not None else network.encoder
-        only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
-        found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
-        if network.head is None:
-            return found
-        return _selected(found, lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
-
 
 def linear_head(file: Path) -> nn.Linear:
     """The linear layer that a file holds.
@@ -300,17 +265,3 @@ def _right(prepared: Prepared) -> Prepared:
         found.append(prepared.items[at + example.label])
         at += len(example.choices)
     return dataclasses.replace(prepared, items=found)
-
-
-def _selected(found: Statistics, named: Callable[[str], str | None]) -> Statistics:
-    """Statistics of some weights, under other names.
-
-    Args:
-        found: of all weights.
-        named: the new name of a weight; None to leave it out.
-    """
-    tables: dict[str, Any] = {
-        table: {new: value for name, value in found.table(table).items() if (new := named(name)) is not None}
-        for table in TABLES
-    }
-    return Statistics(**tables)

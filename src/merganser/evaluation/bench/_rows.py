@@ -23,6 +23,7 @@ from merganser.evaluation.bench._experts import make_multitask
 from merganser.evaluation.bench._flops import FlopCounter
 from merganser.evaluation.bench._lab import Lab
 from merganser.evaluation.bench._schema import MethodEntry
+from merganser.evaluation.bench._statistics import statistics_of
 from merganser.methods import create_method
 from merganser.methods._sequential import Sequential
 from merganser.methods.learned_soup import LearnedSoup
@@ -64,7 +65,7 @@ def chooses(entry: MethodEntry, models: int) -> bool:
 def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
     """Collect an expert's statistics: the file's name and the cost, as plain data."""
     with Meter() as meter, FlopCounter() as counter:
-        file = lab.statistics(expert)
+        file = statistics_of(lab, expert)
     labels = lab.settings.splits.statistics if lab.settings.statistics.estimator == "empirical" else 0
     cost = dataclasses.replace(meter.cost, bytes=file.stat().st_size, flops=counter.total, labels=labels)
     return {"file": file.name, "cost": dataclasses.asdict(cost)}

@@ -1,0 +1,69 @@
+"""The statistics of a suite's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from merganser._version import __version__
+from merganser.evaluation._subject import open_subject, read_tensors
+from merganser.evaluation.bench._expert import Expert
+from merganser.evaluation.bench._lab import Lab
+from merganser.evaluation.bench._store import file_digest, key
+from merganser.statistics import TABLES, Statistics, collect
+from merganser.training._ia3 import IA3_SUFFIX, insert_ia3
+
+__all__ = ["statistics_of"]
+
+
+def statistics_of(lab: Lab, expert: Expert) -> Path:
+    """The statistics file of an expert, collected once."""
+    wanted = lab.settings.statistics
+    part = lab.part(expert.task, "statistics")
+    name = key(expert.digest, file_digest(part), wanted.model_dump_json(), lab.settings.max_length, __version__)
+    file = lab.cache / "statistics" / f"{expert.task}-{name}.safetensors"
+    if not file.exists():
+        batches = [
+            {**inputs, "labels": labels}
+            for inputs, labels in lab.examples(expert.task, "statistics", expert.head).all(16)
+        ]
+        found = _collected(lab, expert, batches)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.save(file, overwrite=True)
+    return file
+
+
+def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]]) -> Statistics:
+    wanted = lab.settings.statistics
+    if expert.head is not None and expert.head.is_dir():
+        whole = open_subject(expert.model, lab.base, None).with_head(expert.task, expert.head)
+        found = collect(whole, batches, wanted.kinds, estimator=wanted.estimator)
+        own = read_tensors(expert.model).keys()
+        return _selected(found, lambda name: name if name in own else None)
+    network = lab.network(expert.model if expert.vectors is None else str(lab.base), expert.head)
+    if expert.vectors is not None:
+        insert_ia3(network.encoder, load_file(expert.vectors))
+    model: nn.Module = network if network.head is not None else network.encoder
+    only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
+    found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
+    if network.head is None:
+        return found
+    return _selected(found, lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
+
+
+def _selected(found: Statistics, named: Callable[[str], str | None]) -> Statistics:
+    """Statistics of some weights, under other names.
+
+    Args:
+        found: of all weights.
+        named: the new name of a weight; None to leave it out.
+    """
+    tables: dict[str, Any] = {
+        table: {new: value for name, value in found.table(table).items() if (new := named(name)) is not None}
+        for table in TABLES
+    }
+    return Statistics(**tables)
