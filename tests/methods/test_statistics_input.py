@@ -41,6 +41,75 @@ def failure(statistics: list[Any] | None, method: str = "regmean", **options: An
     return caught.value
 
 
+def test_impossible_metrics_are_found_whatever_the_objective() -> None:
+    good = torch.ones(8, 6)
+    bad = good.clone()
+    bad[2, 3] = -1
+    for method, options in (("mats", {"objective": "diagonal"}), ("fisher", {}), ("ubgm", {})):
+        error = failure([Statistics(fisher={NAME: f}) for f in (good, bad)], method, base=A, **options)
+        assert (error.code, "negative" in error.message) == ("E0604", True)
+    fishers = [Statistics(fisher={NAME: f}) for f in (bad, good, good)]
+    assert failure(fishers, "ubgm", base=A).code == "E0604"
+    blocks = [torch.eye(8), torch.diag(torch.tensor([1.0, -1, 1, 1, 1, 1, 1, 1])), torch.zeros(8, 8)]
+    blocks.append(torch.eye(8) + torch.triu(torch.ones(8, 8), 1))
+    bias = NAME.replace("weight", "bias")
+    for block in blocks[1:]:
+        known = [Statistics(block={bias: b}) for b in (blocks[0], block)]
+        assert failure(known, "mats", base=A, objective="block").code == "E0604"
+    dead = [Statistics(gram={NAME: gram(6)}, output_gram={NAME: g}) for g in (gram(8), torch.zeros(8, 8))]
+    error = failure(dead, "mats", base=A)
+    assert (error.code, "gradient" in error.message) == ("E0604", True)
+
+
+def test_a_gram_matrix_that_is_diagonal_in_one_model_alone() -> None:
+    square = {"up.weight": torch.randn(6, 6, generator=torch.Generator().manual_seed(0))}
+    known = [Statistics(gram={"up.weight": g}) for g in (gram(6), torch.ones(6))]
+    with pytest.raises(MerganserError, match="E0604"):
+        mg.merge([square, square], method="regmean", statistics=known)
+
+
+def test_an_undamped_optimum_is_an_override_away() -> None:
+    known = [Statistics(gram={NAME: gram(6, i)}, output_gram={NAME: gram(8, 5 + i)}) for i in range(2)]
+    options: dict[str, Any] = {"base": A, "statistics": known, "method": "mats", "damping": 0.0}
+    for solver in ("exact", "cg"):
+        with pytest.raises(MerganserError, match="undamped=true"):
+            mg.merge([A, B], **options, solver=solver)
+        mg.merge([A, B], **options, solver=solver, undamped=True, tolerance=0.5)
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_common_factor_of_the_weights_changes_nothing(recipe: str) -> None:
+    known = [Statistics(gram={NAME: gram(6, i)}, output_gram={NAME: gram(8, 5 + i)}) for i in range(2)]
+    base = state(3)
+    options: dict[str, Any] = {"base": base, "statistics": known, "method": "mats", "recipe": recipe, "iterations": 2}
+    one = mg.merge([A, B], **options, weights=[1.0, 1.0])
+    for factor in (0.25, 8.0):
+        other = mg.merge([A, B], **options, weights=[factor, factor])
+        assert all(torch.allclose(other[name], value, atol=1e-5) for name, value in one.items())
+
+
+def test_reports_say_how_every_system_was_solved(tmp_path: Path, cli: Cli) -> None:
+    folders = []
+    for number, tensors in enumerate((A, B)):
+        folders.append(tmp_path / f"{number}")
+        folders[-1].mkdir()
+        save_file(tensors, folders[-1] / "model.safetensors")
+        (folders[-1] / "config.json").write_text('{"model_type": "made-up"}')
+        Statistics(gram={NAME: gram(6, number)}).save(tmp_path / f"{number}.safetensors")
+    files = [word for number in range(2) for word in ("--statistics", tmp_path / f"{number}.safetensors")]
+    for method, more in (
+        ("regmean", files),
+        ("actmat", []),
+        ("wudi", ["--set", "solver=gradient", "--set", "iterations=3"]),
+    ):
+        command = ["merge", "-m", method, *folders, *more, "-o", tmp_path / method, "--json"]
+        found = cli(*command, *([] if more is files else ["--base", folders[0]])).succeeded().json["report"][NAME]
+        assert {"status", "iterations", "residual", "largest", "seconds"} <= set(found)
+        assert found["largest"] > 0
+        if method != "wudi":
+            assert 0 < found["smallest"] <= found["largest"]
+
+
 def test_statistics_are_asked_for_with_the_command_that_makes_them() -> None:
     error = failure(None)
     assert error.code == "E0308"

@@ -106,6 +106,67 @@ def test_more_padding_changes_nothing(name: str) -> None:
     assert plain.counts == padded.counts
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_on_the_left_changes_nothing(name: str, labelled: bool) -> None:
+    case = make(name)
+    case.model.float().config._attn_implementation = "eager"  # type: ignore[union-attr]
+    lengths = case.batch["attention_mask"].sum(1).tolist()
+    width = case.batch["input_ids"].shape[1]
+    left = {key: torch.zeros_like(value) for key, value in case.batch.items()}
+    left["position_ids"] = torch.zeros_like(left["input_ids"])
+    for row, length in enumerate(lengths):
+        for key, value in case.batch.items():
+            left[key][row, width - length :] = value[row, :length]
+        left["position_ids"][row, width - length :] = torch.arange(length)
+    # the labels of padding are those of its tokens: the mask says what counts
+    right = {**case.batch, "labels": torch.where(case.batch["attention_mask"] == 1, case.batch["labels"], 7)}
+    if not labelled:
+        del left["labels"], right["labels"]
+    estimator = "empirical" if labelled else "argmax"
+    singles = []
+    for index, length in enumerate(lengths):
+        one = {key: value[index : index + 1, :length] for key, value in case.batch.items()}
+        singles.append(one if labelled else {key: value for key, value in one.items() if key != "labels"})
+    plain = ms.collect(case.model, singles, ["kfac", "fisher"], estimator=estimator)
+    for padded in (left, right):
+        found = ms.collect(case.model, [padded], ["kfac", "fisher"], estimator=estimator)
+        for table in ("gram", "output_gram", "fisher"):
+            largest = max(float(t.abs().max()) for t in plain.table(table).values())
+            for key, tensor in plain.table(table).items():
+                close(found.table(table)[key], tensor, 1e-3, 1e-5 * largest)
+
+
+def test_a_decoder_that_is_padded_draws_no_labels_there() -> None:
+    case = make("t5")
+    sizes = [3, 6, 2, 9, 1]
+    batch = {key: value for key, value in case.batch.items() if key != "labels"}
+    batch["decoder_input_ids"] = case.batch["labels"].clamp(min=0)
+    batch["decoder_attention_mask"] = (case.batch["labels"] != -100).long()
+    singles = []
+    for index, size in enumerate(sizes):
+        length = int(batch["attention_mask"][index].sum())
+        cut = {key: value[index : index + 1, : size if "decoder" in key else length] for key, value in batch.items()}
+        singles.append(cut)
+    for estimator in ("argmax", "sampled"):
+        found = ms.collect(case.model, [batch], ["kfac", "fisher"], estimator=estimator)
+        plain = ms.collect(case.model, singles, ["kfac", "fisher"], estimator=estimator)
+        for table in ("output_gram", "fisher"):
+            largest = max(float(t.abs().max()) for t in plain.table(table).values())
+            for key, tensor in plain.table(table).items():
+                close(found.table(table)[key], tensor, 1e-4, 1e-6 * largest)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_have_the_names_that_peft_saves() -> None:
+    peft = pytest.importorskip("peft")
+    case = make("t5")
+    config = peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type="SEQ_2_SEQ_LM")
+    model = peft.get_peft_model(case.model, config)
+    found = ms.collect(model, [case.batch], ["block"])
+    assert set(found.block) == set(peft.get_peft_model_state_dict(model))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_add_up(name: str) -> None:
     case = make(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from safetensors import safe_open
 from torch import nn
 
 import merganser.statistics as ms
-from merganser.errors import EnvironmentFault, InputError, MerganserError, NumericError, ResourceError, SecurityError
+from merganser.errors import (
+    EnvironmentFault,
+    InputError,
+    MerganserError,
+    NumericError,
+    ResourceError,
+    SecurityError,
+    UsageError,
+)
 from tests.unit.statistics_models import close, make
 
 
@@ -159,6 +168,19 @@ def test_what_cannot_be_added(model: nn.Module, tmp_path: Path) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
+def test_parts_of_one_file_that_overlap_cannot_be_added(model: nn.Module, tmp_path: Path) -> None:
+    found = ms.collect(model, batches(), "gram")
+    paths = []
+    for start, stop in ((0, 4), (4, 6), (3, 5)):
+        data = [{"digest": "d", "examples": [start, stop]}]
+        paths.append(tmp_path / f"{start}.safetensors")
+        dataclasses.replace(found, provenance={**found.provenance, "data": data}).save(paths[-1])
+    ms.merge_files(paths[:2], tmp_path / "good.safetensors")
+    for pair in (paths[::2], paths[1:]):
+        with pytest.raises(InputError, match="same examples"):
+            ms.merge_files(pair, tmp_path / "bad.safetensors")
+
+
 def test_statistics_made_by_hand(tmp_path: Path) -> None:
     shared = torch.eye(3)
     made = ms.Statistics(gram={"a": shared, "b": shared}, fisher={"a": torch.rand(2, 3)}, rows={"v": torch.rand(4, 3)})
@@ -295,6 +317,43 @@ def test_a_run_is_resumed_only_with_the_same_model_data_and_settings(model: nn.M
     state.write_bytes(kept)
     fresh = ms.collect(model, data, "gram", **settings)
     same(fresh, ms.collect(model, data, "gram"))
+
+
+def test_a_run_is_resumed_only_with_the_same_loss_function(model: nn.Module, tmp_path: Path) -> None:
+    def first(output: Any, batch: Any) -> torch.Tensor:
+        return torch.as_tensor(output).square().sum(1)
+
+    def second(output: Any, batch: Any) -> torch.Tensor:
+        return 100 * torch.as_tensor(output).square().sum(1)
+
+    data, state = batches(6), tmp_path / "state"
+    settings: dict[str, Any] = {"checkpoint": state, "checkpoint_seconds": 0.0}
+    with pytest.raises(StopError):
+        ms.collect(model, failing(data, 3), "fisher", loss=first, **settings)
+    kept = state.read_bytes()
+    with pytest.raises(InputError, match="other settings"):
+        ms.collect(model, data, "fisher", loss=second, resume=True, **settings)
+    state.write_bytes(kept)
+    found = ms.collect(model, data, "fisher", loss=first, resume=True, **settings)
+    same(found, ms.collect(model, data, "fisher", loss=first))
+
+
+@pytest.mark.parametrize(
+    ("table", "value"),
+    [
+        ("gram", torch.eye(4).bfloat16()),
+        ("output_gram", torch.eye(4).half()),
+        ("block", torch.eye(4).bfloat16()),
+        ("fisher", torch.ones(4, dtype=torch.int64)),
+        ("rows", torch.ones(0, 4)),
+    ],
+)
+def test_what_is_no_statistic(table: str, value: torch.Tensor) -> None:
+    wrong: list[Any] = [{table: {"w": value}}, {table: {"w": [[1.0]]}}]
+    with pytest.raises(InputError, match=table):
+        ms.Statistics(**wrong[0])
+    with pytest.raises(UsageError, match="no tensor"):
+        ms.Statistics(**wrong[1])
 
 
 def test_memory_is_known_before_the_start() -> None:

@@ -56,6 +56,25 @@ def trained(groups: str = "one", steps: int = 5, **options: Any) -> tuple[Mlp, A
     return model, optimizer, {name: value / (1 - 0.95**steps) for name, value in v.items()}
 
 
+def test_those_of_a_folder_know_their_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20
+    )
+    model = transformers.BertModel(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.autograd.backward(sum(p.sum() for p in model.parameters()))
+    optimizer.step()
+    model.save_pretrained(tmp_path / "a")
+    transformers.BertModel(config).save_pretrained(tmp_path / "b")
+    found = ms.collect(tmp_path / "a", optimizer.state_dict(), ["squisher"], batch_size=4)
+    assert found.provenance["model"]["fingerprint"]
+    found.verify(tmp_path / "a")
+    with pytest.raises(InputError, match="other weights"):
+        found.verify(tmp_path / "b")
+
+
 @pytest.mark.parametrize("groups", ["one", "two", "named", "reversed"])
 @pytest.mark.parametrize("form", ["optimizer", "state", "file", "folder"])
 def test_second_moments_by_name(groups: str, form: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -190,8 +191,9 @@ class StreamBlock(Block):
     def facts(self, index: int) -> Mapping[str, Any]:
         return self._tensor.statistics[index].evidence.statistics.provenance if self._tensor.statistics else {}
 
-    def fault(self, kind: str, index: int, message: str) -> NumericError:
-        source = self._tensor.statistics[index]
+    def fault(self, kind: str, index: int | None, message: str) -> NumericError:
+        source = self._tensor.base_statistics if index is None else self._tensor.statistics[index]
+        assert source is not None
         return NumericError("E0604", message, places=source.place, fix=f"collect the {kind} again")
 
     @property
@@ -204,7 +206,13 @@ class StreamBlock(Block):
             return self._load(self._tensor.init, "init")
         assert self.start is not None
         method, state = self.start
-        return self._get("init", self._tensor.dtype).copy_(method.merge(self, state))
+        given, total = self.weights, math.fsum(self.weights)
+        if total > 0:  # a common factor of the weights must not move the point where the solver starts
+            self.weights = tuple(weight * len(given) / total for weight in given)
+        try:
+            return self._get("init", self._tensor.dtype).copy_(method.merge(self, state))
+        finally:
+            self.weights = given
 
     def report(self, **values: Any) -> None:
         self.figures.update(values)

@@ -87,8 +87,8 @@ class Block(ABC):
         """What is written down about the statistics of model `index`: estimator, batch size, ..."""
 
     @abstractmethod
-    def fault(self, kind: str, index: int, message: str) -> MerganserError:
-        """The error for a statistic of model `index` that cannot be right, to be raised."""
+    def fault(self, kind: str, index: int | None, message: str) -> MerganserError:
+        """The error for a statistic of model `index`, or of the base (None), that cannot be right, to be raised."""
 
     @property
     @abstractmethod
@@ -212,7 +212,7 @@ class TransformedBlock(Block):
         """What is written down about the statistics of a model."""
         return self._inner.facts(index)
 
-    def fault(self, kind: str, index: int, message: str) -> MerganserError:
+    def fault(self, kind: str, index: int | None, message: str) -> MerganserError:
         """The error for a statistic."""
         return self._inner.fault(kind, index, message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def regress(
         start: S.
         ridge: r, relative to the mean eigenvalue.
     """
+    began = time.perf_counter()
     system, target = torch.zeros_like(metrics[0]), torch.zeros_like(vectors[0])
     for vector, metric, weight in zip(vectors, metrics, weights, strict=True):
         system.add_(metric, alpha=weight)
@@ -46,11 +48,20 @@ def regress(
     shifted = system.clone()
     shifted.diagonal().add_(ridge * system.diagonal().mean())
     size = len(system)
-    x, rank = solve_psd(shifted, target.mT, cutoff=size * torch.finfo(block.base.dtype).eps)
-    x = x.mT.contiguous()
+    found = solve_psd(shifted, target.mT, cutoff=size * torch.finfo(block.base.dtype).eps)
+    x = found.x.mT.contiguous()
     left, unit = float((target - x @ shifted).norm()), float(target.norm())
-    status = Status.EXACT if rank == size else Status.SINGULAR
-    block.report(status=status.value, rank=rank, ridge=ridge, residual=left / unit if unit else 0.0)
+    status = Status.EXACT if found.rank == size else Status.SINGULAR
+    block.report(
+        status=status.value,
+        iterations=1,
+        rank=found.rank,
+        ridge=ridge,
+        residual=left / unit if unit else 0.0,
+        smallest=found.smallest,
+        largest=found.largest,
+        seconds=time.perf_counter() - began,
+    )
     return x if start is None else x.add_(start)
 
 

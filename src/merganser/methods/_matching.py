@@ -10,7 +10,17 @@ from merganser.methods._block import Block
 from merganser.operators import Dense, Diagonal, Gram, Identity, Kronecker, LowRank, Operator
 from merganser.solvers import Solution
 
-__all__ = ["as_matrix", "from_matrix", "matrix_elements", "mean_model", "metric", "report", "rescaled"]
+__all__ = [
+    "as_matrix",
+    "check_sign",
+    "from_matrix",
+    "matrix_elements",
+    "mean_model",
+    "metric",
+    "metrics",
+    "report",
+    "rescaled",
+]
 
 _ASYMMETRY = 1e-4
 """Largest difference of two mirrored entries, relative to the largest entry."""
@@ -49,10 +59,16 @@ def metric(block: Block, objective: str, index: int) -> Operator | None:
         return Identity.like(as_matrix(block, block.model(index)))
     if objective == "diagonal":
         fisher = block.statistic("fisher", index)
-        return None if fisher is None else Diagonal(as_matrix(block, fisher))
+        if fisher is None:
+            return None
+        check_sign(block, index, fisher)
+        return Diagonal(as_matrix(block, fisher))
     if objective == "block":
         matrix = block.statistic("block", index)
-        return None if matrix is None else Dense(matrix, sizes=_sizes(block))
+        if matrix is None:
+            return None
+        _check_gram(block, "block", index, matrix)
+        return Dense(matrix, sizes=_sizes(block))
     if objective == "lowrank":
         rows = block.statistic("rows", index)
         return None if rows is None else LowRank(rows / math.sqrt(len(rows)), sizes=_sizes(block))
@@ -60,8 +76,6 @@ def metric(block: Block, objective: str, index: int) -> Operator | None:
     if gram is None or gram.dim() == 1:  # the counts of rows that were looked up: an embedding, whatever its name
         return None
     _check_gram(block, "gram", index, gram)
-    if not gram.any():
-        raise block.fault("gram", index, f"the Gram matrix of `{block.spec.name}` is zero: no input ever reached it")
     rows_out, columns = shape[0], math.prod(shape[1:])
     if block.transposed:
         rows_out, columns = columns, rows_out
@@ -74,14 +88,49 @@ def metric(block: Block, objective: str, index: int) -> Operator | None:
     return Kronecker(gram, output)
 
 
+def metrics(block: Block, objective: str) -> list[Operator]:
+    """The metrics of all models, or none where no model's statistics were collected.
+
+    Raises:
+        NumericError: E0604, some models have one and others have none.
+    """
+    found = [metric(block, objective, index) for index in range(len(block.weights))]
+    known = [one for one in found if one is not None]
+    if known and len(known) < len(found):
+        raise block.fault(
+            objective, found.index(None), f"the statistics of `{block.spec.name}` are of another form in this model"
+        )
+    return known
+
+
+def check_sign(block: Block, index: int | None, fisher: torch.Tensor) -> None:
+    """Refuse a Fisher with negative values.
+
+    Args:
+        block: whose Fisher it is.
+        index: the model; None for the base.
+        fisher: its values.
+
+    Raises:
+        NumericError: E0604.
+    """
+    if fisher.numel() and float(fisher.min()) < 0:
+        raise block.fault(
+            "fisher", index, f"the Fisher of `{block.spec.name}` has negative values, which no square has"
+        )
+
+
 def _check_gram(block: Block, kind: str, index: int, matrix: torch.Tensor) -> None:
-    """Refuse a matrix that no Gram matrix can be: asymmetric or indefinite beyond the rounding of its sum.
+    """Refuse a matrix that says nothing, or that no Gram matrix can be: asymmetric or indefinite beyond its rounding.
 
     Raises:
         NumericError: E0604.
     """
     what = f"the {kind} of `{block.spec.name}`"
     size = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if not size and matrix.numel():
+        reached = "input" if kind == "gram" else "gradient"
+        raise block.fault(kind, index, f"{what} is zero: no {reached} ever reached it")
     if float((matrix - matrix.mT).abs().max() if size else 0.0) > _ASYMMETRY * size:
         raise block.fault(kind, index, f"{what} is not symmetric")
     shifted = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)

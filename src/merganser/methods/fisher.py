@@ -11,9 +11,10 @@ from merganser._torch import torch
 from merganser.kernels import Partials
 from merganser.methods._base import About, Method, check_normalisable
 from merganser.methods._block import Block, Context
+from merganser.methods._matching import check_sign
 from merganser.methods._options import option
 
-__all__ = ["Fisher", "check_sign"]
+__all__ = ["Fisher"]
 
 _LARGEST_EXPONENT = 64
 
@@ -106,15 +107,3 @@ class Fisher(Method, name="fisher"):
     def _squares(self, block: Block) -> list[Partials]:
         values = [self._fisher(block, index) for index in range(len(block.weights))]
         return [kernels.chunk_squares(value) for value in values if value is not None]
-
-
-def check_sign(block: Block, index: int, fisher: torch.Tensor) -> None:
-    """Refuse a Fisher with negative values.
-
-    Raises:
-        NumericError: E0604.
-    """
-    if fisher.numel() and float(fisher.min()) < 0:
-        raise block.fault(
-            "fisher", index, f"the Fisher of `{block.spec.name}` has negative values, which no square has"
-        )

@@ -17,7 +17,7 @@ from merganser.methods._matching import (
     from_matrix,
     matrix_elements,
     mean_model,
-    metric,
+    metrics,
     report,
     rescaled,
 )
@@ -68,6 +68,9 @@ class MaTS(Method, name="mats"):
     iterations: int = option(15, "most iterations of conjugate gradients", ge=0)
     normalize: str = option("trace", "divide every metric by its trace", choices=("trace", "none"))
     damping: float = option(0.1, "added to each factor, relative to its mean eigenvalue", ge=0.0)
+    undamped: bool = option(
+        False, "allow damping=0 for solver=exact and preconditioners, whose optimum then merges badly"
+    )
     damp: str = option("both", "which factors of a K-FAC metric are damped", choices=("both", "output"))
     preconditioner: str = option("ekron", "of conjugate gradients", choices=("ekron", "jacobi", "none"))
     solver: str = option("cg", "conjugate gradients, or a closed form if there is one", choices=("cg", "exact"))
@@ -143,8 +146,7 @@ class MaTS(Method, name="mats"):
 
     def results(self, block: Block, state: State) -> list[torch.Tensor]:
         """One tensor's iterates, or one block of the mean."""
-        metrics = [metric(block, self.objective, index) for index in range(len(block.weights))]
-        known = [self._shaped(m) for m in metrics if m is not None]
+        known = [self._shaped(found) for found in metrics(block, self.objective)]
         if not known or not block.spec.numel:
             return [rescaled(block, mean_model(block), self.scale)]
         start = as_matrix(block, block.init)
@@ -164,11 +166,15 @@ class MaTS(Method, name="mats"):
 
     def _solver(self) -> Solver:
         if self.solver == "exact":
-            return Direct()
+            return Direct(undamped=self.undamped)
         kronecker = self.objective in ("kfac", "gram")
         preconditioner: Preconditioner | None = None
         if self.preconditioner != "none":
             preconditioner = EKron() if kronecker and self.preconditioner == "ekron" else Jacobi()
         return CG(
-            max_iterations=self.iterations, tolerance=self.tolerance, keep=self.keep, preconditioner=preconditioner
+            max_iterations=self.iterations,
+            tolerance=self.tolerance,
+            keep=self.keep,
+            preconditioner=preconditioner,
+            undamped=self.undamped,
         )

@@ -14,7 +14,7 @@ from merganser.methods._matching import (
     from_matrix,
     matrix_elements,
     mean_model,
-    metric,
+    metrics,
     report,
     rescaled,
 )
@@ -72,8 +72,7 @@ class RegMean(Method, name="regmean"):
     def merge(self, block: Block, state: State) -> torch.Tensor:
         """One layer's solution, or one block of the mean."""
         start = mean_model(block)
-        metrics = [metric(block, "gram", index) for index in range(len(block.weights))]
-        known = [m.scale_off_diagonal(self.off_diagonal).to(torch.float64) for m in metrics if m is not None]
+        known = [m.scale_off_diagonal(self.off_diagonal).to(torch.float64) for m in metrics(block, "gram")]
         if not known:
             return rescaled(block, start, self.scale)
         models = [as_matrix(block, block.model(index)).double() for index in range(len(block.weights))]

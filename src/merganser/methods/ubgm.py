@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from merganser._torch import torch
 from merganser.methods._base import About, Method, State, check_normalisable
 from merganser.methods._block import Block
-from merganser.methods.fisher import check_sign
+from merganser.methods._matching import check_sign
 
 __all__ = ["UBGM"]
 
@@ -48,6 +48,7 @@ class UBGM(Method, name="ubgm"):
         has_fisher = block.statistic("fisher", 0) is not None
         prior = block.statistic("fisher", None) if has_fisher else None
         if prior is not None:
+            check_sign(block, None, prior)
             mass.add_(prior)
         for index, weight in enumerate(block.weights):
             delta = block.delta(index, slot=0)

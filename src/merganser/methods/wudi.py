@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from merganser.methods._base import About
 from merganser.methods._block import Block
 from merganser.methods._datafree import Regression, regress
 from merganser.methods._options import option
+from merganser.operators import largest_eigenvalue
+from merganser.solvers import Status
 
 __all__ = ["Wudi"]
 
@@ -59,6 +62,7 @@ class Wudi(Regression, name="wudi"):
         metrics = [vector.mT @ vector for vector in changed]
         if self.solver == "closed":
             return regress(block, changed, metrics, weights, start=start, ridge=self.ridge)
+        began = time.perf_counter()
         system, target = torch.zeros_like(metrics[0]), torch.zeros_like(start)
         for vector, metric, weight in zip(changed, metrics, weights, strict=True):
             system.add_(metric, alpha=weight)
@@ -71,5 +75,12 @@ class Wudi(Regression, name="wudi"):
             bias = (1 - _BETAS[1] ** step) ** 0.5
             change = mean / (square.sqrt() / bias + _EPSILON)
             start.sub_(change, alpha=self.learning_rate / (1 - _BETAS[0] ** step))
-        block.report(iterations=self.iterations)
+        left, unit = float((target - start @ system).norm()), float(target.norm())
+        block.report(
+            status=Status.MAX_ITERATIONS.value,
+            iterations=self.iterations,
+            residual=left / unit if unit else 0.0,
+            largest=largest_eigenvalue(system),
+            seconds=time.perf_counter() - began,
+        )
         return start

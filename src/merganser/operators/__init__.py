@@ -8,7 +8,7 @@ Operators are immutable, are composed by ``+`` and by multiplication with a numb
 """
 
 from merganser.operators._base import ClosedForm, Operator, stack
-from merganser.operators._exact import rank_tolerance, solve_psd
+from merganser.operators._exact import largest_eigenvalue, rank_tolerance, solve_psd
 from merganser.operators._system import System, normal_equations, objective
 from merganser.operators.dense import Dense
 from merganser.operators.diagonal import Diagonal
@@ -29,6 +29,7 @@ __all__ = [
     "Operator",
     "Sum",
     "System",
+    "largest_eigenvalue",
     "normal_equations",
     "objective",
     "rank_tolerance",

@@ -22,10 +22,14 @@ class ClosedForm:
     Attributes:
         x: the solution of least norm; it has no component in the null space.
         rank: the number of directions that were solved for, at most the number of unknowns.
+        smallest: an estimate of the smallest eigenvalue that was solved for, never too small; None if it is not known.
+        largest: the same for the largest, never too large.
     """
 
     x: torch.Tensor
     rank: int
+    smallest: float | None = None
+    largest: float | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

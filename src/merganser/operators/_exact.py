@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from merganser._torch import torch
+from merganser.operators._base import ClosedForm
 
-__all__ = ["eigenbasis", "rank_tolerance", "smallest_eigenvalue", "solve_psd"]
+__all__ = ["eigenbasis", "largest_eigenvalue", "rank_tolerance", "smallest_eigenvalue", "solve_psd"]
 
 _STEPS = 8
 _VECTORS = 4
@@ -37,6 +38,21 @@ def eigenbasis(
     return values * kept, vectors, kept
 
 
+def largest_eigenvalue(matrix: torch.Tensor) -> float:
+    """An estimate of the largest eigenvalue of M ``[n, n]``, never too large, by iteration on a few vectors. O(n^2)."""
+    vectors = _vectors(matrix)
+    for _ in range(_STEPS):
+        vectors = torch.linalg.qr(matrix @ vectors).Q
+    return float(torch.linalg.eigvalsh(vectors.mT @ matrix @ vectors)[-1])
+
+
+def _vectors(matrix: torch.Tensor) -> torch.Tensor:
+    """Any few vectors, the same every time."""
+    size = len(matrix)
+    phases = torch.arange(1, size * min(size, _VECTORS) + 1, dtype=matrix.dtype, device=matrix.device)
+    return torch.sin(phases * phases).view(size, -1)
+
+
 def smallest_eigenvalue(factor: torch.Tensor) -> float:
     """An estimate of the smallest eigenvalue of ``L L'``, never too small, by inverse iteration on a few vectors.
 
@@ -45,9 +61,7 @@ def smallest_eigenvalue(factor: torch.Tensor) -> float:
 
     O(n^2).
     """
-    size = len(factor)
-    phases = torch.arange(1, size * min(size, _VECTORS) + 1, dtype=factor.dtype, device=factor.device)
-    vectors = torch.sin(phases * phases).view(size, -1)  # any vectors, the same every time
+    vectors = _vectors(factor)
     for _ in range(_STEPS):
         vectors = torch.linalg.qr(torch.cholesky_solve(vectors, factor)).Q
     return float(torch.linalg.svdvals(factor.mT @ vectors)[-1].square())
@@ -55,7 +69,7 @@ def smallest_eigenvalue(factor: torch.Tensor) -> float:
 
 def solve_psd(
     matrix: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None, *, cutoff: float | None = None
-) -> tuple[torch.Tensor, int]:
+) -> ClosedForm:
     """``M^+ b`` for a symmetric positive semi-definite M ``[n, n]`` and ``b`` ``[n, k]``.
 
     Cholesky where M is safely positive definite, which its pivots tell; otherwise a solve in the range of M, which
@@ -69,18 +83,20 @@ def solve_psd(
             `rank_tolerance`. Cholesky is used where an estimate of the smallest eigenvalue is well above it.
 
     Returns:
-        The solution in float64, and the rank that was used. O(n^3 + n^2 k).
+        The solution in float64, with the rank that was used and the extreme eigenvalues. O(n^3 + n^2 k).
     """
     wide = matrix.double()
     factor, failed = torch.linalg.cholesky_ex(wide)
     if not int(failed) and len(wide):
         limit = rank_tolerance(dtype or matrix.dtype, len(wide)) if cutoff is None else 2 * cutoff
-        lowest = factor.diagonal().square().min() if cutoff is None else smallest_eigenvalue(factor)
-        largest = wide.diagonal().max() if cutoff is None else torch.linalg.matrix_norm(wide, 1)
-        if bool(lowest > limit * largest):
-            return torch.cholesky_solve(b.double(), factor), len(wide)
+        smallest = smallest_eigenvalue(factor)
+        lowest = float(factor.diagonal().square().min()) if cutoff is None else smallest
+        highest = float(wide.diagonal().max() if cutoff is None else torch.linalg.matrix_norm(wide, 1))
+        if lowest > limit * highest:
+            return ClosedForm(torch.cholesky_solve(b.double(), factor), len(wide), smallest, largest_eigenvalue(wide))
     values, vectors, kept = eigenbasis(matrix, dtype)
     if cutoff is not None:
         kept = values > cutoff * values[-1:].clamp(min=0)
     values, vectors = values[kept], vectors[:, kept]
-    return vectors @ ((vectors.mT @ b.double()) / values[:, None]), len(values)
+    x = vectors @ ((vectors.mT @ b.double()) / values[:, None])
+    return ClosedForm(x, len(values), *((float(values[0]), float(values[-1])) if len(values) else ()))

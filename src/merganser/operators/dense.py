@@ -62,8 +62,8 @@ class Dense(Operator):
         """``M^+ b``."""
         if self.stacked:
             return None
-        x, rank = solve_psd(self.matrix, b.reshape(-1, 1))
-        return ClosedForm(x.view(b.shape).to(b.dtype), rank)
+        found = solve_psd(self.matrix, b.reshape(-1, 1))
+        return replace(found, x=found.x.view(b.shape).to(b.dtype))
 
     def scaled(self, factor: float | torch.Tensor) -> Dense:
         """``factor M``."""

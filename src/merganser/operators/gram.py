@@ -57,8 +57,9 @@ class Gram(Operator):
         """``X A = B``: Cholesky, or a solve in the range of A."""
         if self.stacked:
             return None
-        x, rank = solve_psd(self.a, b.mT)
-        return ClosedForm(x.mT.to(b.dtype).contiguous(), rank * self.rows)
+        found = solve_psd(self.a, b.mT)
+        x = found.x.mT.to(b.dtype).contiguous()
+        return replace(found, x=x, rank=found.rank * self.rows)
 
     def scaled(self, factor: float | torch.Tensor) -> Gram:
         """``factor A``."""

@@ -81,7 +81,9 @@ class Kronecker(Operator):
             values, kept = values + shift.double(), torch.ones_like(kept)
         rotated = left.mT @ b.double() @ right
         rotated = torch.where(kept, rotated / torch.where(kept, values, 1), 0)
-        return ClosedForm((left @ rotated @ right.mT).to(b.dtype), int(kept.sum()))
+        solved = values[kept]
+        extremes = (float(solved.min()), float(solved.max())) if solved.numel() else (None, None)
+        return ClosedForm((left @ rotated @ right.mT).to(b.dtype), int(kept.sum()), *extremes)
 
     def scaled(self, factor: float | torch.Tensor) -> Kronecker:
         """The factor goes to the smaller matrix; the other one is shared."""

@@ -60,12 +60,13 @@ class LowRank(Operator):
             return None
         wide, flat = self.rows.double(), b.reshape(-1).double()
         if len(wide) > self.numel:
-            x, rank = solve_psd(wide.mT @ wide, flat[:, None], self.dtype)
-            return ClosedForm(x.view(b.shape).to(b.dtype), rank)
+            found = solve_psd(wide.mT @ wide, flat[:, None], self.dtype)
+            return replace(found, x=found.x.view(b.shape).to(b.dtype))
         values, vectors, kept = eigenbasis(wide @ wide.mT, self.dtype)
         values, vectors = values[kept], vectors[:, kept]
         coefficients = vectors @ ((vectors.mT @ (wide @ flat)) / values.square())
-        return ClosedForm((wide.mT @ coefficients).view(b.shape).to(b.dtype), len(values))
+        extremes = (float(values[0]), float(values[-1])) if len(values) else (None, None)
+        return ClosedForm((wide.mT @ coefficients).view(b.shape).to(b.dtype), len(values), *extremes)
 
     def woodbury(self, b: torch.Tensor, diagonal: torch.Tensor) -> ClosedForm:
         """``(D + Z' Z)^-1 b = D^-1 b - D^-1 Z' (I + Z D^-1 Z')^-1 Z D^-1 b`` with a positive diagonal D.
@@ -77,7 +78,7 @@ class LowRank(Operator):
         scaled = inverse * b.reshape(-1).double()
         inner = (wide * inverse) @ wide.mT
         inner.diagonal().add_(1)
-        coefficients, _ = solve_psd(inner, (wide @ scaled)[:, None])
+        coefficients = solve_psd(inner, (wide @ scaled)[:, None]).x
         x = scaled - inverse * (wide.mT @ coefficients).view(-1)
         return ClosedForm(x.view(b.shape).to(b.dtype), self.numel)
 

@@ -49,7 +49,7 @@ class Solution:
         objective: ``<d, A d> / 2 - <d, b - A x0>`` with d = x - x0, at the same iterations; none of a closed form.
         iterates: the tensors after the iterations asked for; after the end they are x.
         smallest: estimate of the smallest eigenvalue that the iteration met (of the preconditioned operator, if it
-            was), from the Lanczos matrix of its coefficients; None without iterations. It is never too small.
+            was), from the Lanczos matrix of its coefficients, or of a closed form; None if unknown. Never too small.
         largest: the same for the largest; never too large.
         seconds: wall time of the solve; of a stack, divided by its blocks.
         ridge: what was added to the diagonal, relative to the mean eigenvalue.
@@ -146,7 +146,7 @@ def require_damping(operator: Operator, what: str, *, undamped: bool) -> None:
             f"{what} needs damping",
             why="the optimum of an undamped K-FAC system can be far worse than the early iterates of plain conjugate "
             "gradients, which are all that regularises it; the nearer the solver comes, the worse the merge",
-            fix="damp the metrics (damping=0.1), or set undamped=True to solve the system as it is",
+            fix="damp the metrics (damping=0.1), or set undamped=true to solve the system as it is",
         )
 
 
@@ -176,6 +176,8 @@ def finish(
         after,
         (before / unit, after),
         seconds=time.perf_counter() - began,
+        smallest=found.smallest,
+        largest=found.largest,
         ridge=ridge,
         rank=found.rank,
     )

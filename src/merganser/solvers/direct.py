@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merganser._torch import torch
 from merganser.errors import RecipeError
@@ -77,5 +77,5 @@ class Direct:
                 f"there is no closed form for this metric, and {operator.numel} unknowns are too many for a matrix",
                 fix="use conjugate gradients, preconditioned and damped",
             )
-        x, rank = solve_psd(operator.to(torch.float64).dense(), r0.reshape(-1, 1), operator.dtype)
-        return ClosedForm(x.view(r0.shape).to(r0.dtype), rank)
+        found = solve_psd(operator.to(torch.float64).dense(), r0.reshape(-1, 1), operator.dtype)
+        return replace(found, x=found.x.view(r0.shape).to(r0.dtype))

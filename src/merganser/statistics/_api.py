@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
+from merganser.checkpoint import open_checkpoint
 from merganser.errors import InputError, Place, UsageError
+from merganser.statistics._adapters import as_saved
 from merganser.statistics._batching import FileBatches, open_data, padding
 from merganser.statistics._collect import Collection
 from merganser.statistics._file import check_out
+from merganser.statistics._fingerprint import checkpoint_digest, combine_digests
 from merganser.statistics._layout import parameter_names
 from merganser.statistics._losses import Loss
 from merganser.statistics._memory import MemoryPlan
@@ -129,6 +132,7 @@ def collect(
         checkpoint = Path(out).with_name(f"{Path(out).name}.running")
     where = None if checkpoint is None else Path(checkpoint)
     found = collection.run(checkpoint=where, every=checkpoint_seconds, resume=resume, progress=progress)
+    found = as_saved(found, getattr(model, "peft_config", ()))
     for note in collection.notes if on_note is not None else ():
         assert on_note is not None
         on_note(note)
@@ -221,8 +225,9 @@ def _load(
 
 
 def _squisher(model: Any, optimizer: Any, batch_size: float | None, names: Sequence[str] | None) -> Statistics:
-    if isinstance(model, str | os.PathLike):
-        model = skeleton(open_model(os.fspath(model)))
+    path = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if path is not None:
+        model = skeleton(open_model(path))
     if not isinstance(model, torch.nn.Module):
         raise UsageError("E0201", f"a model is a module or a path, not {type(model).__name__}")
     fisher, facts = squisher(model, optimizer, batch_size=batch_size or 0, names=names)
@@ -230,4 +235,10 @@ def _squisher(model: Any, optimizer: Any, batch_size: float | None, names: Seque
     for alias, name in tied.items():
         if name in fisher:
             fisher[alias] = fisher[name]
-    return Statistics(fisher=fisher, provenance={**facts, "kinds": ["squisher"]})
+    about: dict[str, Any] = {"class": type(model).__name__}
+    if path is not None:
+        checkpoint = open_checkpoint(path)
+        weights = {name: checkpoint_digest(checkpoint, name) for name in fisher if name in checkpoint.specs()}
+        checkpoint.close()
+        about |= {"fingerprint": combine_digests(weights), "weights": weights}
+    return Statistics(fisher=fisher, provenance={**facts, "kinds": ["squisher"], "model": about})

@@ -115,7 +115,7 @@ class Collection:
         settings = dataclasses.asdict(self._settings)
         settings["kinds"] = sorted(settings["kinds"])
         settings["exclude"] = sorted(settings["exclude"])
-        settings["loss"] = self._objective.name
+        settings["loss"] = self._objective.identity
         facts = {"settings": settings, "dtype": str(self._dtype), "model": combine_digests(self._weights())}
         if isinstance(self._data, FileBatches):
             facts["data"] = {**self._data.describe(), "batch_size": self._data.batch_size}

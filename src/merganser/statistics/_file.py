@@ -42,6 +42,14 @@ def save(statistics: Statistics, path: str | os.PathLike[str], *, overwrite: boo
     _write([statistics], owners, value, statistics.counts, statistics.provenance, Path(path), overwrite)
 
 
+def _overlap(a: Any, b: Any) -> bool:
+    """Whether two ranges of examples have one in common; what is no range overlaps only what is the same."""
+    try:
+        return bool(max(a[0], b[0]) < min(a[1], b[1]))
+    except (TypeError, IndexError, KeyError):
+        return bool(a == b)
+
+
 def merge_files(
     paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Statistics:
@@ -53,17 +61,18 @@ def merge_files(
     """
     parts = [load(path) for path in paths]
     base.check_addable(parts)
-    seen: dict[str, str] = {}
+    seen: list[tuple[Any, Any, str]] = []
     for path, part in zip(paths, parts, strict=True):
         for entry in part.provenance.get("data", []):
-            key = json.dumps([entry.get("digest"), entry.get("examples")])
-            if key in seen:
+            digest, examples = entry.get("digest"), entry.get("examples")
+            others = [file for known, span, file in seen if known == digest and _overlap(span, examples)]
+            if others:
                 raise InputError(
                     "E0418",
                     "two of the files hold the same examples, which would count twice",
-                    places=[Place(file=seen[key]), Place(file=str(path))],
+                    places=[Place(file=others[0]), Place(file=str(path))],
                 )
-            seen[key] = str(path)
+            seen.append((digest, examples, str(path)))
     counts, provenance = base.combine_facts(parts)
     owners = {table: base.share([part.table(table) for part in parts]) for table in TABLES}
 
@@ -214,6 +223,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         if table not in TABLES or not name or not entry.dtype.is_floating_point:
             raise InputError("E0418", "the tensor is no statistic", places=Place(file=str(file), tensor=key))
         base.check_shape(table, name, entry.shape, file=str(file))
+        base.check_type(table, name, entry.dtype, file=str(file))
         stored[table][name] = (entry.shape, entry.dtype)
         owners[table][name] = name
     for alias, owner in facts["aliases"].items():

@@ -53,6 +53,16 @@ class Objective:
         """The task, for the provenance."""
         return "callable" if callable(self.task) else str(self.task or "model")
 
+    @property
+    def identity(self) -> str:
+        """What a resumed run must have in common: of a function its name and its code."""
+        if not callable(self.task):
+            return self.name
+        code = getattr(self.task, "__code__", None)
+        text = repr((code.co_code, code.co_consts, code.co_names)) if code is not None else repr(type(self.task))
+        where = f"{getattr(self.task, '__module__', '')}.{getattr(self.task, '__qualname__', '')}"
+        return f"{where} {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
     def passes(self, output: Any, batch: Batch) -> Iterator[torch.Tensor]:
         """For every pass over labels, the (scaled) loss of each example, shape ``(examples,)``.
 
@@ -78,6 +88,8 @@ class Objective:
         if not bool((counts > 0).all()):
             index = int((counts == 0).nonzero()[0])
             raise InputError("E0415", f"{batch.name(index)} has no target token")
+        # what stands at padding may be NaN, and counts nowhere
+        logits = torch.where(valid.unsqueeze(-1), logits, logits.new_zeros(()))
         log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         share = valid.to(log_p.dtype) / counts[:, None]
 
@@ -135,16 +147,17 @@ class Objective:
                 raise _mismatch(
                     batch, f"the logits have the shape {tuple(logits.shape)}, not (examples, tokens, labels)"
                 )
-            mask = batch.kwargs.get("attention_mask")
+            mask = batch.kwargs.get("attention_mask" if task == "causal_lm" else "decoder_attention_mask")
             known = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            if task == "causal_lm" and isinstance(mask, torch.Tensor) and mask.shape == known.shape:
+            if isinstance(mask, torch.Tensor) and mask.shape == known.shape:
                 known = mask != 0
             if labels is not None and labels.shape != logits.shape[:2]:
                 raise _mismatch(
                     batch, f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}"
                 )
             if task == "causal_lm":
-                logits, known = logits[:, :-1], known[:, 1:]
+                # a token is a target if it and the one that predicts it are no padding, on whichever side that is
+                logits, known = logits[:, :-1], known[:, :-1] & known[:, 1:]
                 labels = None if labels is None else labels[:, 1:]
         if labels is None:
             if self.estimator == "empirical":
@@ -155,7 +168,7 @@ class Objective:
                     fix="add `labels`, or use the estimator `sampled`, which draws them from the model",
                 )
             return logits, torch.zeros(known.shape, dtype=torch.long, device=logits.device), known
-        valid = labels != IGNORED
+        valid = (labels != IGNORED) & known if task == "causal_lm" else labels != IGNORED
         bad = valid & ((labels < 0) | (labels >= logits.shape[-1]))
         if self.estimator == "empirical" and bool(bad.any()):
             index, position = (int(i) for i in bad.nonzero()[0])

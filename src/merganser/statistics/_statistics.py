@@ -19,6 +19,7 @@ __all__ = [
     "Statistics",
     "check_addable",
     "check_shape",
+    "check_type",
     "check_weights",
     "combine",
     "combine_facts",
@@ -70,7 +71,10 @@ class Statistics:
             if isinstance(tensors, Table):
                 continue
             for name, tensor in tensors.items():
+                if not isinstance(tensor, torch.Tensor):
+                    raise UsageError("E0201", f"the {table} of `{name}` is no tensor, but {type(tensor).__name__}")
                 check_shape(table, name, tuple(tensor.shape))
+                check_type(table, name, tensor.dtype)
         object.__setattr__(self, "transposed", frozenset(self.transposed))
 
     def table(self, kind: str) -> Tensors:
@@ -175,13 +179,30 @@ def check_shape(table: str, name: str, shape: tuple[int, ...], *, file: str | No
         "mean": len(shape) == 1,
         "fisher": True,
         "block": square,
-        "rows": len(shape) == 2,
+        "rows": len(shape) == 2 and shape[0] > 0,
     }[table]
     if not fits:
         raise InputError(
             "E0418",
             f"the {table} of `{name}` has the shape {list(shape)}, which no {table} has",
             places=Place(file=file, tensor=f"{table}/{name}"),
+        )
+
+
+def check_type(table: str, name: str, dtype: torch.dtype, *, file: str | None = None) -> None:
+    """Refuse means of products in half precision, which makes them indefinite, and whole numbers.
+
+    Raises:
+        InputError: E0418.
+    """
+    exact = (torch.float32, torch.float64)
+    if not (dtype in exact if table in ("gram", "output_gram", "block") else dtype.is_floating_point):
+        raise InputError(
+            "E0418",
+            f"the {table} of `{name}` is {str(dtype).removeprefix('torch.')}",
+            places=Place(file=file, tensor=f"{table}/{name}"),
+            why="rounded to 16 bits it has negative eigenvalues" if dtype.is_floating_point else "",
+            fix="keep statistics in float32 or float64",
         )
 
 
