@@ -317,3 +317,10 @@ def test_an_option_beside_the_papers_recipe_stands_even_with_its_default_value()
     assert (method.normalize, method.preconditioner) == ("none", "none")  # type: ignore[attr-defined]
     assert mg.create_method("mats", {"recipe": "paper"}).iterations == 100  # type: ignore[attr-defined]
     assert mg.create_method("mats", {"recipe": "paper", "keep": (2, 4)}).iterations == 4  # type: ignore[attr-defined]
+
+
+def test_a_misspelt_start_is_pointed_out() -> None:
+    known = [Statistics(gram={NAME: gram(6)})] * 2
+    error = failure(known, "mats", base=A, objective="gram", init="task_aritmetic")
+    assert (error.code, "task_arithmetic" in error.fix) == ("E0304", True)
+    assert failure(known, "mats", base=A, objective="gram", init="./somewhere").code == "E0401"

@@ -8,7 +8,7 @@ from typing import Any
 from merganser.checkpoint import Checkpoint, FilePool, open_checkpoint
 from merganser.engine._compare import check_shapes
 from merganser.engine._evidence import Evidence, TensorEvidence, check_evidence, open_evidence
-from merganser.engine._init import init_method, is_method
+from merganser.engine._init import init_method, is_method, likely_method
 from merganser.engine._tensor import Input
 from merganser.errors import InputError, Place, RecipeError, escape
 from merganser.methods import Method
@@ -83,6 +83,13 @@ class Demands:
         if recipe.init is not None and is_method(recipe.init):
             self.start = init_method(recipe.init)
         elif recipe.init is not None:
+            if (meant := likely_method(recipe.init)) is not None:
+                raise RecipeError(
+                    "E0304",
+                    f"there is no method `{recipe.init}` to start from, and no such file",
+                    places=Place(file=recipe.file, key="init"),
+                    fix=f"did you mean `{meant}`?",
+                )
             self._weights = models.open(recipe.init, "init")
 
     def _open_evidence(self) -> dict[int, Evidence]:
