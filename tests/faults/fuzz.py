@@ -113,7 +113,7 @@ def _read_index(text: bytes, folder: Path) -> None:
 def _read_config(text: bytes, folder: Path) -> None:
     config = parse_json(text, "config.json", "E0409", infinite=True)
     if isinstance(config, dict):
-        json.dumps(output_config(config, "bfloat16", layers=(2, 3))[0])
+        json.dumps(output_config(config, "bfloat16", layers=(2, (0, 1, 1)))[0])
 
 
 def _read_recipe(text: bytes, folder: Path) -> None:

@@ -449,6 +449,22 @@ def test_the_base_may_be_listed(folder: Path, cli: Cli) -> None:
     assert torch.allclose(average[NORM], sum((s[NORM] for s in states), torch.zeros(())) / 3)
 
 
+def test_two_names_of_one_option(folder: Path, cli: Cli) -> None:
+    write_files(
+        Path(), {"both.yml": f"merge_method: ties\nbase_model: base\n{MODELS}parameters: {{lambda: 0.5, scale: 0.7}}\n"}
+    )
+    cli("merge", "both.yml", "-o", "out").failed("E0305", "lambda", "scale")
+    cli(
+        "merge", "-m", "ties", "--base", "base", "a", "b", "--set", "lambda=0.5", "--set", "scale=1", "-o", "out"
+    ).failed("E0305")
+    text = (
+        "merge_method: task_arithmetic\nbase_model: base\nslices:\n- sources:\n"
+        "  - {model: a, layer_range: [0, 4]}\n  - {model: b, layer_range: [0, 4]}\n"
+        "  parameters: {lambda: 0.5}\nparameters: {scale: 0.7}\n"
+    )
+    assert options_of(text, "scale")[LAYER_2] == 0.5
+
+
 # --- slices ----------------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +486,16 @@ def test_slices_are_renumbered(folder: Path, cli: Cli) -> None:
                 expected[name.replace(f"layers.{number}.", f"layers.{layer}.")] = value
     assert same(state, expected)
     assert json.loads(Path("out0/config.json").read_text())["num_hidden_layers"] == 6
+
+
+def test_filters_of_weights_are_tested_on_the_names_in_the_models(folder: Path) -> None:
+    """As in mergekit: where a weight is given does not matter, it is a setting of the models."""
+    text = (
+        "merge_method: average\nslices:\n- sources:\n"
+        "  - {model: a, layer_range: [1, 2]}\n  - {model: b, layer_range: [2, 3]}\n"
+        "  parameters:\n    weight:\n    - {filter: layers.2, value: 0.25}\n    - {value: 0.75}\n"
+    )
+    assert weights_of(text)["model.layers.0.mlp.up_proj.weight"] == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers"])

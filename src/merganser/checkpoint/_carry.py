@@ -98,7 +98,7 @@ def output_config(
     config: Mapping[str, Any],
     dtype: str,
     *,
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, tuple[int, ...]] | None = None,
     labels: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Edit]:
     """The merged model's ``config.json``, edited as a dictionary: unknown keys and their order are kept.
@@ -107,7 +107,8 @@ def output_config(
         config: the donor's configuration.
         dtype: name of the output type; it replaces every ``torch_dtype`` (transformers 4) and ``dtype``
             (transformers 5), nested ones included.
-        layers: the numbers of layers of the donor and of the output, where slices changed it.
+        layers: the number of layers of the donor, and for each layer of the output the number it had, where slices were
+            used. Lists with an entry per layer whose key speaks of layers (``layer_types``) are made of these entries.
         labels: the configuration whose labels are taken over, where the head is another model's.
 
     Returns:
@@ -116,12 +117,15 @@ def output_config(
     result = copy.deepcopy(dict(config))
     edit = Edit([], [])
     _strip(result, dtype, "", edit.removed)
-    if layers is not None and layers[0] != layers[1]:
+    if layers is not None and layers[1] != tuple(range(layers[0])):
         known = [key for key in _LAYER_KEYS if key in result]
-        for key in known:
-            result[key] = layers[1]
-        edit.suspects.extend(_suspects(result, layers[0], "", set(known)))
-        if not known:
+        known += _choose_layers(result, *layers)
+        for key in _LAYER_KEYS:
+            if key in result:
+                result[key] = len(layers[1])
+        if layers[0] != len(layers[1]):
+            edit.suspects.extend(_suspects(result, layers[0], "", set(known)))
+        if not any(key in result for key in _LAYER_KEYS):
             edit.suspects.append("the number of layers")
     for key in _LABEL_KEYS:
         if labels is not None and key in labels:
@@ -131,6 +135,16 @@ def output_config(
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
+
+
+def _choose_layers(config: dict[str, Any], count: int, chosen: tuple[int, ...]) -> list[str]:
+    """Take the chosen entries of the lists with one entry per layer; their keys."""
+    keys = [key for key, value in config.items() if isinstance(value, list) and len(value) == count and "layer" in key]
+    if max(chosen, default=0) >= count:
+        return []
+    for key in keys:
+        config[key] = [config[key][index] for index in chosen]
+    return keys
 
 
 def _suspects(node: Mapping[str, Any], layers: int, prefix: str, known: set[str]) -> Iterator[str]:

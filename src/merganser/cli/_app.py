@@ -19,7 +19,7 @@ import typer
 
 from merganser._version import __version__
 from merganser.cli._signals import StoppedError, StopSignals, leave_in_time
-from merganser.errors import MerganserError, UsageError
+from merganser.errors import EnvironmentFault, MerganserError, Place, UsageError
 
 __all__ = ["app", "emit", "main"]
 
@@ -97,19 +97,34 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with StopSignals():
             code = app(args=arguments, prog_name="merganser", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         return int(code or 0)
     except MerganserError as error:
         _report(error, wants_json)
         return error.exit_code
     except StoppedError as stop:
+        if wants_json:
+            emit({"error": {"code": None, "message": "stopped"}})
         print("stopped", file=sys.stderr)
         return stop.exit_code
     except (BrokenPipeError, SystemExit):  # the parser turns a closed stdout into the second
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return 0
+    except OSError as error:
+        _silence_stdout()  # it may be what failed, and is tried again when the process ends
+        found = EnvironmentFault(
+            "E0703", f"{error.strerror or error}", places=Place(file=str(error.filename or "stdout"))
+        )
+        print(f"error{found}", file=sys.stderr)
+        return found.exit_code
     except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches the terminal
         return _foreign(error, wants_json)
+
+
+def _silence_stdout() -> None:
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(error: MerganserError, wants_json: bool) -> None:
@@ -129,5 +144,7 @@ def _foreign(error: Exception, wants_json: bool) -> int:
         return 130
     with tempfile.NamedTemporaryFile("w", prefix="merganser-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
+    if wants_json:
+        emit({"error": {"code": None, "message": f"internal error: {type(error).__name__}", "log": log.name}})
     print(f"internal error: {type(error).__name__}; the details are in {log.name}. Please report it.", file=sys.stderr)
     return 1

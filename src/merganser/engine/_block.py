@@ -103,7 +103,7 @@ def nonfinite_input(source: Input) -> NumericError:
         "E0601",
         f"{count:,} of {spec.numel:,} values are NaN or infinite, the first at {list(_unravel(first, spec.shape))}",
         places=source.place,
-        fix="use an undamaged checkpoint, exclude the tensor, or pass --allow-nonfinite",
+        fix="use an undamaged checkpoint, or pass --allow-nonfinite",
     )
 
 

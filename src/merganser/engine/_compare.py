@@ -10,7 +10,7 @@ from merganser.engine._tensor import Input
 from merganser.engine._ties import SECOND_NAMES, UNTIEABLE, declared_tie
 from merganser.errors import InputError, Place, escape, nearest
 
-__all__ = ["check_configs", "check_names", "check_shapes", "find_ties", "side_file_warnings"]
+__all__ = ["check_configs", "check_names", "check_shapes", "find_ties"]
 
 
 def find_ties(
@@ -28,8 +28,15 @@ def find_ties(
     }
     result: dict[int, dict[str, str]] = {}
     pairs: list[tuple[Input, Input]] = []
+    shared = {second: owner for checkpoint in checkpoints for second, owner in checkpoint.aliases().items()}
     for checkpoint in checkpoints:
         aliases = dict(checkpoint.aliases())
+        specs = checkpoint.specs()
+        for second, first in shared.items():
+            stored = second not in aliases and second in specs and first in specs
+            if stored and specs[second].shape == specs[first].shape:
+                aliases[second] = first
+                pairs.append((Input(checkpoint, second), Input(checkpoint, first)))
         untied = declared_tie(checkpoint.config) is False
         for second in tied - set(aliases):
             owner = _owner(checkpoint, second)
@@ -238,20 +245,3 @@ def _check_layers(checkpoint: Checkpoint, place: Place) -> None:
             why="loading such a model leaves layers out, or fills them with random numbers",
             fix="download the model again, or correct the number if the weights are complete",
         )
-
-
-def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
-    """Warnings where another parent's tokenizer or chat template is not that of the donor."""
-    warnings = []
-    for checkpoint in checkpoints:
-        if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
-            continue
-        for file in ("tokenizer.json", "vocab.txt", "tokenizer.model", "chat_template.jinja"):
-            ours, theirs = donor.folder / file, checkpoint.folder / file
-            if (
-                ours.is_file()
-                and theirs.is_file()
-                and (ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes())
-            ):
-                warnings.append(f"{file} of {checkpoint.label} differs from that of {donor.label}, which is used")
-    return warnings

@@ -181,8 +181,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """
     try:
         found = torch.device(device if device is not None else "cpu")
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EnvironmentFault(
             "E0706", f"the device `{device}` cannot be used", why=str(error).splitlines()[0], fix="use cpu"
         ) from None

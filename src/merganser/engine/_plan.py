@@ -8,10 +8,11 @@ from typing import Any
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.blocks import natural_key
+from merganser.blocks import Role, natural_key
 from merganser.checkpoint import Checkpoint, refuse_unmergeable
-from merganser.engine._compare import check_configs, find_ties, side_file_warnings
+from merganser.engine._compare import check_configs, find_ties
 from merganser.engine._demands import OpenModels
+from merganser.engine._donors import check_donors, side_file_warnings
 from merganser.engine._executor import available_cores
 from merganser.engine._profile import predict_seconds
 from merganser.engine._rules import TensorRules
@@ -41,7 +42,8 @@ class Plan:
         tokenizer: whose tokenizer files are taken.
         checkpoints: all models, the base first.
         references: what the recipe calls each of them.
-        layers: the numbers of layers of the inputs and of the output, where slices were used.
+        layers: the number of layers of the inputs, and for each layer of the output the number it had, where slices
+            were used.
         head_donor: the model whose head is kept, if it is named.
         start: the method whose merge is the initialisation, for methods that need one.
         ties: pairs of tensors that must be equal, because only one of them is merged.
@@ -66,7 +68,7 @@ class Plan:
     tokenizer: Checkpoint
     checkpoints: tuple[Checkpoint, ...]
     references: tuple[Any, ...]
-    layers: tuple[int, int] | None
+    layers: tuple[int, tuple[int, ...]] | None
     head_donor: Checkpoint | None
     start: Method | None
     ties: tuple[tuple[Input, Input], ...]
@@ -159,7 +161,8 @@ class _Planner:
         for checkpoint in opened.everyone():
             if checkpoint not in opened.beside:
                 refuse_unmergeable(checkpoint)
-        check_configs(participants, recipe.heads != "merge")
+        heads = [name for c in participants for name, spec in c.specs().items() if spec.role is Role.HEAD]
+        check_configs(participants, all(recipe.left_out(name) is not None for name in heads))
         aliases, ties = find_ties(participants)
         rules = TensorRules(recipe, method, dtype, opened, aliases)
         tensors = sorted(rules.tensors(participants), key=lambda t: (natural_key(t.spec.name), t.spec.name))
@@ -169,6 +172,8 @@ class _Planner:
                 "the models have no weights to merge",
                 places=[Place(file=checkpoint.label) for checkpoint in participants[:3]],
             )
+        donors = [c for c in (donor, rules.head_donor) if c is not None and c not in participants]
+        warnings += check_donors(donors, reference, {tensor.spec.name: tensor.spec for tensor in tensors})
         warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
         budget = _enough(tensors, self.threads) if self.max_memory is None else self.max_memory
         block, peak = _memory(tensors, self.threads, budget)

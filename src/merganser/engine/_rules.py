@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.blocks import BlockSpec, is_head, layer_counts, layer_of
+from merganser.blocks import BlockSpec, layer_counts, layer_of
 from merganser.checkpoint import Checkpoint
 from merganser.engine._compare import check_names, check_shapes
 from merganser.engine._demands import Demands, OpenModels
@@ -28,7 +28,8 @@ class TensorRules:
     Attributes:
         omitted: tensors that the output does not have, with the reason.
         warnings: what the user should know.
-        layers: the numbers of layers of the inputs and of the output, where slices were used.
+        layers: the number of layers of the inputs, and for each layer of the output the number it had, where slices
+            were used.
         head_donor: the model whose head is kept, if `heads` names one.
         demands: what the method needs beside the models.
     """
@@ -43,7 +44,7 @@ class TensorRules:
     ) -> None:
         self.omitted: list[tuple[str, str]] = []
         self.warnings: list[str] = []
-        self.layers: tuple[int, int] | None = None
+        self.layers: tuple[int, tuple[int, ...]] | None = None
         self._recipe = recipe
         self._method = method
         self._dtype = dtype
@@ -83,7 +84,7 @@ class TensorRules:
         reference = participants[0]
         self._check_patterns(name for checkpoint in participants for name in checkpoint.specs())
         names = {id(checkpoint): list(self._own_names(checkpoint)) for checkpoint in participants}
-        kept = {key: [n for n in own if self._left_out(n) is None] for key, own in names.items()}
+        kept = {key: [n for n in own if self._recipe.left_out(n) is None] for key, own in names.items()}
         if any(source.layers is not None for part in self._recipe.slices for source in part.sources):
             result = list(self._sliced(participants, names))
         elif len(self._recipe.slices) > 1:
@@ -98,6 +99,10 @@ class TensorRules:
             result.extend(self._whole(kept[id(reference)], participants))
         self._check_filters(result)
         self.demands.check_used()
+        reasons = [*(tensor.reason for tensor in result), *(reason for _, reason in self.omitted)]
+        if self._recipe.heads != "merge" and not any(reason.startswith("heads:") for reason in reasons):
+            what = f"`heads: {self._recipe.heads}` changes nothing"
+            self.warnings.append(f"{what}: no head is stored apart from the embeddings")
         return result
 
     def _own_names(self, checkpoint: Checkpoint) -> Iterator[str]:
@@ -111,7 +116,7 @@ class TensorRules:
         for checkpoint in participants:
             foreign = checkpoint is not reference
             for name in names[id(checkpoint)]:
-                reason = self._left_out(name)
+                reason = self._recipe.left_out(name)
                 if reason is not None and not (foreign and name in reference.specs()):
                     yield from self._carried(checkpoint, name, reason, foreign=foreign)
 
@@ -142,7 +147,7 @@ class TensorRules:
         self.layers = slices.layers
         for output, part, members, inputs, base, position in slices.tensors():
             spec = base.spec
-            reason = self._left_out(output)
+            reason = self._recipe.left_out(output)
             if reason is not None:
                 foreign = base.checkpoint is not reference and layer_of(output) is None
                 yield from self._carried(base.checkpoint, base.name, reason, output=output, foreign=foreign)
@@ -153,16 +158,6 @@ class TensorRules:
                 own = [source.name for source in inputs]
                 method, weights = self._recipe.method_at(part, members, own, output, position)
                 yield self._merged(output, members, inputs, base, method, weights)
-
-    def _left_out(self, name: str) -> str | None:
-        for pattern in self._recipe.exclude:
-            if fnmatch.fnmatchcase(name, pattern):
-                return f"excluded by `{pattern}`"
-        if self._recipe.only and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._recipe.only):
-            return "not in `only`"
-        if self._recipe.heads != "merge" and is_head(name):
-            return f"heads: {self._recipe.heads}"
-        return None
 
     def _carried(
         self, owner: Checkpoint, name: str, reason: str, *, output: str | None = None, foreign: bool = False

@@ -27,7 +27,7 @@ class SliceRules:
     What lies outside the layers comes from the first slice's models if it is an embedding, else from the last one's.
 
     Attributes:
-        layers: the numbers of layers of the first model and of the output.
+        layers: the number of layers of the first model, and for each layer of the output the number it had.
     """
 
     def __init__(
@@ -50,7 +50,12 @@ class SliceRules:
             self._check_kinds(reference, checkpoint, names)
         self._counts = {id(c): layer_counts(names[id(c)]).get(self._stem, 0) for c in participants}
         self._widths = [self._width(part) for part in recipe.slices]
-        self.layers = (self._counts[id(reference)], sum(self._widths))
+        chosen = [
+            (self._anchor(part).layers or (0, 0))[0] + offset
+            for part, width in zip(recipe.slices, self._widths, strict=True)
+            for offset in range(width)
+        ]
+        self.layers = (self._counts[id(reference)], tuple(chosen))
 
     def _only_stem(self, names: Sequence[str]) -> str:
         stems = layer_counts(names)

@@ -13,7 +13,7 @@ from merganser.methods._options import (
     per_model,
     tensors_option,
 )
-from merganser.methods._registry import all_methods, create_method, find_method
+from merganser.methods._registry import all_methods, canonical_option, create_method, find_method
 from merganser.methods._search import Choice, Search, Trials
 from merganser.methods._sequential import Sequential, Visit
 
@@ -34,6 +34,7 @@ __all__ = [
     "Trials",
     "Visit",
     "all_methods",
+    "canonical_option",
     "create_method",
     "find_method",
     "list_option",

@@ -13,7 +13,7 @@ from typing import Any
 from merganser.errors import Place, RecipeError, UsageError, suggestion
 from merganser.methods._base import Method
 
-__all__ = ["all_methods", "create_method", "find_method"]
+__all__ = ["all_methods", "canonical_option", "create_method", "find_method"]
 
 ENTRY_POINTS = "merganser.methods"
 
@@ -63,6 +63,11 @@ def find_method(name: str) -> type[Method]:
     return table[name]
 
 
+def canonical_option(key: str) -> str:
+    """The name of an option that may be called otherwise in recipes, e.g. ``scale`` for ``lambda``."""
+    return _OPTION_ALIASES.get(key, key)
+
+
 def create_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method with its options, which are checked at once.
 
@@ -72,8 +77,16 @@ def create_method(name: str, options: Mapping[str, Any]) -> Method:
     cls = find_method(name)
     known = cls.options()
     values = {}
-    for key, value in options.items():
-        key = _OPTION_ALIASES.get(key, key)
+    for given, value in options.items():
+        key = canonical_option(given)
+        other = next((word for word in options if word != given and canonical_option(word) == key), None)
+        if other is not None:
+            raise RecipeError(
+                "E0305",
+                f"`{given}` and `{other}` are two names of one option",
+                places=Place(key=given),
+                fix="give one of them",
+            )
         if key not in known:
             elsewhere = sorted({m.name for m in all_methods().values() if key in m.options()})
             raise RecipeError(

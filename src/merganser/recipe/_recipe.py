@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merganser.blocks import is_head
 from merganser.errors import Place, RecipeError
-from merganser.methods import Method, create_method
+from merganser.methods import Method, canonical_option, create_method
 from merganser.recipe._settings import Parameters, Setting, constant, unwrap
 
 __all__ = ["Recipe", "Rule", "Slice", "Source", "filters_of", "same_model", "simple_recipe"]
@@ -99,6 +100,17 @@ class Recipe:
                     found.append(source.model)
         return found
 
+    def left_out(self, name: str) -> str | None:
+        """Why a tensor is not merged; None if it is."""
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(name, pattern):
+                return f"excluded by `{pattern}`"
+        if self.only and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only):
+            return "not in `only`"
+        if self.heads != "merge" and is_head(name):
+            return f"heads: {self.heads}"
+        return None
+
     def is_uniform(self) -> bool:
         """Whether every tensor has the same method, options and weights: no rules, filters or gradients."""
         if self.rules:
@@ -118,8 +130,8 @@ class Recipe:
         Args:
             part: the slice.
             sources: its sources that count as models.
-            names: the input tensor's name in each of them, which their own filters are tested on.
-            output: the output tensor's name, which all other filters are tested on.
+            names: the input tensor's name in each of them, which their own filters and those of weights are tested on.
+            output: the output tensor's name, which the filters of all settings but weights are tested on.
             position: relative depth of the layer; 0 outside the layers.
         """
         rule = next((rule for rule in self.rules if rule.matches(output)), None)
@@ -128,7 +140,8 @@ class Recipe:
                 [rule.parameters, part.parameters, self.parameters], sources, names, output, position
             )
         shared = [part.parameters, self.parameters]
-        keys = {key for level in (*shared, *(s.parameters for s in sources)) for key in level} - {"weight"}
+        levels = (*shared, *(source.parameters for source in sources))
+        keys = {canonical_option(key) for level in levels for key in level} - {"weight"}
         options: dict[str, Any] = {}
         for key in sorted(keys):
             common = _first(shared, key, output, position)
@@ -179,7 +192,8 @@ class Recipe:
         """A rule's method; the settings of single models are those of the recipe's method."""
         if isinstance(rule.method, Method):
             return rule.method
-        values = {key: _first([rule.parameters], key, output, position) for key in rule.parameters if key != "weight"}
+        keys = {canonical_option(key) for key in rule.parameters} - {"weight"}
+        values = {key: _first([rule.parameters], key, output, position) for key in keys}
         try:
             return create_method(rule.method, {k: unwrap(v) for k, v in values.items() if v is not None})
         except RecipeError as error:
@@ -204,7 +218,7 @@ class Recipe:
         for index, (source, name) in enumerate(zip(sources, names, strict=True)):
             value = _first([source.parameters], "weight", name, position)
             if value is None:
-                value = unwrap(_first(shared, "weight", output, position))
+                value = unwrap(_first(shared, "weight", name, position))
                 value = value[index] if isinstance(value, tuple) else 1.0 if value is None else value
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RecipeError("E0307", f"the weight {value!r} is not a number", places=self.place("weight"))
@@ -214,7 +228,15 @@ class Recipe:
 
 def _first(levels: Sequence[Parameters], key: str, name: str, position: float) -> Any:
     for level in levels:
-        setting = level.get(key)
+        names = [own for own in level if canonical_option(own) == key]
+        if len(names) > 1:
+            raise RecipeError(
+                "E0305",
+                f"`{names[0]}` and `{names[1]}` are two names of one option",
+                places=Place(key=names[0]),
+                fix="give one of them",
+            )
+        setting = level[names[0]] if names else None
         value = setting.at(name, position) if setting is not None else None
         if value is not None:
             return value
@@ -222,9 +244,9 @@ def _first(levels: Sequence[Parameters], key: str, name: str, position: float) -
 
 
 def same_model(a: Any, b: Any) -> bool:
-    """Whether two references mean the same model: the same object, or the same path."""
+    """Whether two references mean the same model: the same object, or the same path, however it is written."""
     if isinstance(a, str | Path) and isinstance(b, str | Path):
-        return Path(a) == Path(b)
+        return Path(a) == Path(b) or (Path(a).exists() and Path(a).resolve() == Path(b).resolve())
     return a is b
 
 

@@ -1,0 +1,106 @@
+"""What is taken from models that may not be among the merged ones: configuration, head, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merganser.blocks import BlockSpec, Role
+from merganser.checkpoint import Checkpoint
+from merganser.engine._compare import check_configs, check_shapes
+from merganser.engine._tensor import Input
+from merganser.engine._ties import declared_tie
+from merganser.errors import escape
+
+__all__ = ["check_donors", "side_file_warnings"]
+
+_SIDE_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+)
+"""What a model computes with its weights, whose shapes do not show it."""
+
+
+def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
+    """Warnings where another parent's tokenizer or chat template is not that of the donor."""
+    warnings = []
+    for checkpoint in checkpoints:
+        if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
+            continue
+        warnings.extend(_config_warnings(checkpoint, donor))
+        for file in _SIDE_FILES:
+            ours, theirs = donor.folder / file, checkpoint.folder / file
+            if (
+                ours.is_file()
+                and theirs.is_file()
+                and (ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes())
+            ):
+                warnings.append(f"{file} of {checkpoint.label} differs from that of {donor.label}, which is used")
+    return warnings
+
+
+def _config_warnings(checkpoint: Checkpoint, donor: Checkpoint) -> list[str]:
+    """Settings of the configuration that differ from the donor's, which the result has."""
+    ours, theirs = donor.config or {}, checkpoint.config or {}
+    return [
+        f"config.json: `{key}` is {escape(str(theirs[key]))} in {checkpoint.label} and {escape(str(ours[key]))} in "
+        f"{donor.label}, which is used"
+        for key in _SETTINGS
+        if key in ours and key in theirs and ours[key] != theirs[key]
+    ]
+
+
+def check_donors(donors: Sequence[Checkpoint], reference: Checkpoint, written: Mapping[str, BlockSpec]) -> list[str]:
+    """Whether a configuration, or a head, that is taken from elsewhere fits the tensors that are written.
+
+    Args:
+        donors: models that give files or a head, and are not merged.
+        reference: the model that the merged ones are like.
+        written: the tensors of the output.
+
+    Returns:
+        Warnings: the configuration describes a head that is not written.
+
+    Raises:
+        InputError: E0409 (another architecture), E0407, E0413 (tensors of other shapes).
+    """
+    warnings = []
+    for donor in donors:
+        check_configs([reference, donor], heads_apart=True)
+        for name, spec in donor.specs().items():
+            known = written.get(name)
+            labels = spec.role is Role.HEAD and "lm_head" not in name  # of other labels, whose names are taken over
+            if (
+                known is not None
+                and known.is_float
+                and spec.shape != reference.specs().get(name, known).shape
+                and not labels
+            ):
+                check_shapes(name, (Input(reference, name), Input(donor, name)))
+        missing = [n for n, spec in donor.specs().items() if spec.role is Role.HEAD and n not in written]
+        if missing and declared_tie(donor.config) is False and donor is not reference:
+            warnings.append(
+                f"{escape(missing[0])} is not written, and config.json of {donor.label} does not tie it: a loader "
+                "makes it of random numbers"
+            )
+    return warnings
