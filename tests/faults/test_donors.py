@@ -106,6 +106,15 @@ def test_other_tokenizers_and_settings_are_mentioned(models: list[Path], tmp_pat
     assert all(word in result.err for word in ("vocab.json", "merges.txt", "spiece.model", "rope_theta"))
 
 
+def test_parts_with_weights_of_their_own_are_mentioned(models: list[Path], tmp_path: Path, cli: Cli) -> None:
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    write_files(models[0], {"modules.json": json.dumps(modules), "1_Pooling/config.json": "{}"})
+    write_model(models[0] / "2_Dense", {"linear.weight": torch.eye(3)}, {})
+    result = average(cli, models[:2], tmp_path).succeeded()
+    assert "2_Dense" in result.err
+    assert "1_Pooling" not in result.err
+
+
 def test_lists_with_an_entry_per_layer_follow_the_slices(tmp_path: Path, cli: Cli) -> None:
     kinds = ["full", "sliding", "full", "sliding"]
     model = write_model(tmp_path / "m", llama_state(layers=4), llama_config(layers=4, layer_types=kinds))

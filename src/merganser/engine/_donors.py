@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from merganser.blocks import BlockSpec, Role
@@ -41,9 +42,13 @@ _SETTINGS = (
 """What a model computes with its weights, whose shapes do not show it."""
 
 
+_LARGEST_LIST = 1_000_000
+"""Bytes of a list of modules."""
+
+
 def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
     """Warnings where another parent's tokenizer or chat template is not that of the donor."""
-    warnings = []
+    warnings = _module_warnings(donor)
     for checkpoint in checkpoints:
         if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
             continue
@@ -104,3 +109,20 @@ def check_donors(donors: Sequence[Checkpoint], reference: Checkpoint, written: M
                 "makes it of random numbers"
             )
     return warnings
+
+
+def _module_warnings(donor: Checkpoint) -> list[str]:
+    """Parts of a sentence-transformers model that have weights of their own, which are not written."""
+    if donor.folder is None:
+        return []
+    try:
+        modules = json.loads((donor.folder / "modules.json").read_bytes()[:_LARGEST_LIST])
+        paths = [str(module["path"]) for module in modules if module["path"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [
+        f"{escape(path)} of {donor.label} has weights of its own, which are neither merged nor written: copy the "
+        "folder into the result"
+        for path in paths
+        if any((donor.folder / path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    ]
