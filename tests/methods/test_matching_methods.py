@@ -237,3 +237,10 @@ def test_embeddings_are_matrices_like_others(method: str) -> None:
     ]
     assert torch.equal(*merged)
     assert not torch.allclose(merged[0], (states[1] + states[2]) / 2)
+
+
+def test_large_embeddings_take_the_mean() -> None:
+    rows = (1 << 22) // 4 + 1
+    states = [torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    merged = mg.merge([{"embed.weight": w} for w in states[1:]], base={"embed.weight": states[0]}, method="actmat")
+    assert torch.allclose(merged["embed.weight"], (states[1] + states[2]) / 2, atol=1e-6)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merganser._torch import torch
-from merganser.blocks import BlockSpec
+from merganser.blocks import BlockSpec, Role
 from merganser.methods._block import Block
 from merganser.methods._matrices import MatrixMethod, is_matrix
 from merganser.operators import solve_psd
@@ -65,17 +65,25 @@ def regress(
     return x if start is None else x.add_(start)
 
 
+LARGEST_EMBEDDING = 1 << 22
+"""Entries of an embedding up to which it is a matrix like others."""
+
+
 @dataclass(frozen=True)
 class Regression(MatrixMethod):
-    """A method that solves a linear system for the merged task vector of each matrix, embeddings included."""
+    """A method that solves a linear system for the merged task vector of each matrix.
+
+    Embeddings of more than `LARGEST_EMBEDDING` entries are left out: the solve needs every model's whole matrix, and on
+    eight text tasks it made no difference.
+    """
 
     def buffers(self, models: int) -> int:
         """The task vectors of all models, and a sum."""
         return models + 2
 
     def whole(self, spec: BlockSpec, statistics: frozenset[str]) -> bool:
-        """Matrices."""
-        return is_matrix(spec)
+        """Matrices, but for large embeddings."""
+        return is_matrix(spec) and (spec.role is not Role.EMBEDDING or spec.numel <= LARGEST_EMBEDDING)
 
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """Gram matrices of the task vectors and their sum, in float64, and task vectors in float64."""

@@ -31,7 +31,7 @@ class Ace(Regression, name="ace"):
     3. In the heterogeneous case the `refine` share of the leading singular directions of
        ``T + sum_i t_i (C_i - mean_j (C_j + ridge))`` is added with equal strength, the mean of their singular values.
 
-    Matrices only, embeddings (tokens x width) among them; all else takes the mean of the task vectors. In float64,
+    Matrices only, with embeddings of up to 2^22 entries; all else takes the mean of the task vectors. In float64,
     O(in^3 + models out in^2) per matrix, and a singular value decomposition for step 3.
     """
 

@@ -18,7 +18,7 @@ class ActMat(Regression, name="actmat"):
     """``T = (sum_i w_i t_i C_i) (sum_i w_i C_i)^+`` with ``C_i = t_i' t_i``, ``W = W_0 + scale T``.
 
     Updates by gradients lie in the span of the inputs, so the Gram matrix of the task vector (in x in) stands for that
-    of the inputs. Matrices only, embeddings (tokens x width) among them; all else takes the mean of the task vectors.
+    of the inputs. Matrices only, with embeddings of up to 2^22 entries; all else takes the mean of the task vectors.
 
     The pseudo-inverse leaves out what is rounding error in the compute type, as the authors' in float32 does (see
     `regress`). In float64 by Cholesky, or eigenvectors. O(in^3 + models out in^2) per matrix.

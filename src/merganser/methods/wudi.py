@@ -30,7 +30,7 @@ class Wudi(Regression, name="wudi"):
     to ``iterations x learning_rate`` per entry, so their result is an early stop whose distance from the optimum
     depends on the size of the task vectors. A model whose task vector is zero here has no part in it.
 
-    Matrices only, embeddings (tokens x width) among them; all else takes the mean of the task vectors. In
+    Matrices only, with embeddings of up to 2^22 entries; all else takes the mean of the task vectors. In
     float64. Closed: O(in^3 + models out in^2) per matrix; gradient: O(models out in^2 + iterations out in^2).
     """
 
