@@ -113,7 +113,7 @@ def check_donors(donors: Sequence[Checkpoint], reference: Checkpoint, written: M
 
 def _module_warnings(donor: Checkpoint) -> list[str]:
     """Parts of a sentence-transformers model that have weights of their own, which are not written."""
-    if donor.folder is None:
+    if donor.folder is None or not (donor.folder / "modules.json").is_file():
         return []
     try:
         modules = json.loads((donor.folder / "modules.json").read_bytes()[:_LARGEST_LIST])

@@ -121,16 +121,17 @@ def check_sign(block: Block, index: int | None, fisher: torch.Tensor) -> None:
 
 
 def _check_gram(block: Block, kind: str, index: int, matrix: torch.Tensor) -> None:
-    """Refuse a matrix that says nothing, or that no Gram matrix can be: asymmetric or indefinite beyond its rounding.
+    """Refuse a matrix that no Gram matrix can be, asymmetric or indefinite beyond its rounding, and inputs of zero.
 
     Raises:
         NumericError: E0604.
     """
     what = f"the {kind} of `{block.spec.name}`"
     size = float(matrix.abs().max()) if matrix.numel() else 0.0
-    if not size and matrix.numel():
-        reached = "input" if kind == "gram" else "gradient"
-        raise block.fault(kind, index, f"{what} is zero: no {reached} ever reached it")
+    if (
+        kind == "gram" and not size and matrix.numel()
+    ):  # gradients may be zero: of queries that see one key, for example
+        raise block.fault(kind, index, f"{what} is zero: no input ever reached it")
     if float((matrix - matrix.mT).abs().max() if size else 0.0) > _ASYMMETRY * size:
         raise block.fault(kind, index, f"{what} is not symmetric")
     shifted = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
