@@ -246,7 +246,9 @@ def _first(levels: Sequence[Parameters], key: str, name: str, position: float) -
 def same_model(a: Any, b: Any) -> bool:
     """Whether two references mean the same model: the same object, or the same path, however it is written."""
     if isinstance(a, str | Path) and isinstance(b, str | Path):
-        return Path(a) == Path(b) or (Path(a).exists() and Path(a).resolve() == Path(b).resolve())
+        if Path(a) == Path(b):
+            return True
+        return Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve()
     return a is b
 
 
