@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -248,7 +249,9 @@ def same_model(a: Any, b: Any) -> bool:
     if isinstance(a, str | Path) and isinstance(b, str | Path):
         if Path(a) == Path(b):
             return True
-        return Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve()
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist, or is no path at all
+            return Path(a).samefile(b)
+        return False
     return a is b
 
 
