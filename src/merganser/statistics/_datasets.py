@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,12 @@ def _opened(path: Path, split: str) -> Any:
             fix="pip install 'merganser[eval]', or export it as JSON lines",
         ) from None
     try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-        else:
-            kind = _FORMATS[path.suffix.lower()]
-            found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        with _quiet():
+            if path.is_dir():
+                found = datasets.load_from_disk(str(path))
+            else:
+                kind = _FORMATS[path.suffix.lower()]
+                found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
     except Exception as error:  # noqa: BLE001 - whatever the library raises on a damaged file
         raise _damaged(path, error) from None
     if not isinstance(found, datasets.DatasetDict):
@@ -68,6 +71,18 @@ def _opened(path: Path, split: str) -> Any:
     if split not in found:
         raise _fault("E0414", path, f"the data set has no split `{split}`", f"it has: {', '.join(sorted(found))}")
     return found[split]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own log of what it raises anyway; the level is put back."""
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _rows(rows: Any, path: Path) -> Iterator[Mapping[str, Any]]:
