@@ -6,6 +6,7 @@ stdout is the result, everything else goes to stderr. Exit codes: 0 ok, 1 bug, 2
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import typer
 
 from merganser._version import __version__
 from merganser.cli._signals import StoppedError, StopSignals, leave_in_time
-from merganser.errors import EnvironmentFault, MerganserError, Place, UsageError
+from merganser.errors import EnvironmentFault, MerganserError, UsageError
 
 __all__ = ["app", "emit", "main"]
 
@@ -111,14 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit):  # the parser turns a closed stdout into the second
         _silence_stdout()
         return 0
-    except OSError as error:
-        _silence_stdout()  # it may be what failed, and is tried again when the process ends
-        found = EnvironmentFault(
-            "E0703", f"{error.strerror or error}", places=Place(file=str(error.filename or "stdout"))
-        )
-        print(f"error{found}", file=sys.stderr)
-        return found.exit_code
     except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches the terminal
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _silence_stdout()  # which is full, and would be tried again when the process ends
+            _report(EnvironmentFault("E0703", "no space is left for what is printed"), wants_json=False)
+            return EnvironmentFault.exit_code
         return _foreign(error, wants_json)
 
 

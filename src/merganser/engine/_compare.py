@@ -18,8 +18,8 @@ def find_ties(
 ) -> tuple[dict[int, dict[str, str]], list[tuple[Input, Input]]]:
     """Second names of tied tensors in each model (by its id), and the pairs whose equality is to be verified.
 
-    A stored second copy is an alias if a configuration ties it, or if another model does not store it; not so in a
-    model whose own configuration unties it.
+    A stored second copy is an alias if a configuration ties it, or if another model does not store it or shares one
+    tensor between both names; not so in a model whose own configuration unties it.
 
     Complexity: O(models x tensors).
     """
@@ -31,15 +31,9 @@ def find_ties(
     shared = {second: owner for checkpoint in checkpoints for second, owner in checkpoint.aliases().items()}
     for checkpoint in checkpoints:
         aliases = dict(checkpoint.aliases())
-        specs = checkpoint.specs()
-        for second, first in shared.items():
-            stored = second not in aliases and second in specs and first in specs
-            if stored and specs[second].shape == specs[first].shape:
-                aliases[second] = first
-                pairs.append((Input(checkpoint, second), Input(checkpoint, first)))
         untied = declared_tie(checkpoint.config) is False
-        for second in tied - set(aliases):
-            owner = _owner(checkpoint, second)
+        for second in (tied | shared.keys()) - aliases.keys():
+            owner = _owner(checkpoint, second, (shared[second],) if second in shared else SECOND_NAMES[second])
             if owner is not None and not (untied and second in UNTIEABLE):
                 aliases[second] = owner
                 pairs.append((Input(checkpoint, second), Input(checkpoint, owner)))
@@ -47,10 +41,10 @@ def find_ties(
     return result, sorted(pairs, key=lambda pair: (pair[0].checkpoint.label, pair[0].name))
 
 
-def _owner(checkpoint: Checkpoint, second: str) -> str | None:
+def _owner(checkpoint: Checkpoint, second: str, owners: Sequence[str]) -> str | None:
     """The stored tensor that `second` would be a copy of, if it is stored in the same shape."""
     specs = checkpoint.specs()
-    owner = next((name for name in SECOND_NAMES[second] if name in specs), None)
+    owner = next((name for name in owners if name in specs), None)
     if owner is None or second not in specs:
         return None
     same = specs[second].shape == specs[owner].shape and specs[second].dtype == specs[owner].dtype
@@ -59,7 +53,7 @@ def _owner(checkpoint: Checkpoint, second: str) -> str | None:
 
 def _ties(checkpoint: Checkpoint, second: str, checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether this model stores a copy that is tied by its configuration, by its kind, or by the other models."""
-    owner = _owner(checkpoint, second)
+    owner = _owner(checkpoint, second, SECOND_NAMES[second])
     if owner is None:
         return False
     declared = declared_tie(checkpoint.config)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from merganser.blocks import BlockSpec, Role
-from merganser.checkpoint import Checkpoint
+from merganser.checkpoint import Checkpoint, side_files
 from merganser.engine._compare import check_configs, check_shapes
 from merganser.engine._tensor import Input
 from merganser.engine._ties import declared_tie
@@ -14,17 +14,9 @@ from merganser.errors import escape
 
 __all__ = ["check_donors", "side_file_warnings"]
 
-_SIDE_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_INCIDENTAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that differ between versions of the library, too."""
+
 _SETTINGS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -53,13 +45,12 @@ def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> 
         if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
             continue
         warnings.extend(_config_warnings(checkpoint, donor))
-        for file in _SIDE_FILES:
-            ours, theirs = donor.folder / file, checkpoint.folder / file
-            if (
-                ours.is_file()
-                and theirs.is_file()
-                and (ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes())
-            ):
+        known = dict(side_files(donor.folder, "tokenizer"))
+        for file, theirs in side_files(checkpoint.folder, "tokenizer"):
+            ours = known.get(file)
+            if ours is None or file in _INCIDENTAL:
+                continue
+            if ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes():
                 warnings.append(f"{file} of {checkpoint.label} differs from that of {donor.label}, which is used")
     return warnings
 
@@ -94,16 +85,12 @@ def check_donors(donors: Sequence[Checkpoint], reference: Checkpoint, written: M
         check_configs([reference, donor], heads_apart=True)
         for name, spec in donor.specs().items():
             known = written.get(name)
-            labels = spec.role is Role.HEAD and "lm_head" not in name  # of other labels, whose names are taken over
-            if (
-                known is not None
-                and known.is_float
-                and spec.shape != reference.specs().get(name, known).shape
-                and not labels
-            ):
+            if spec.role is Role.HEAD and "lm_head" not in name:
+                continue  # a classifier may have other labels: their names are taken over with it
+            if known is not None and known.is_float and name in reference.specs():
                 check_shapes(name, (Input(reference, name), Input(donor, name)))
         missing = [n for n, spec in donor.specs().items() if spec.role is Role.HEAD and n not in written]
-        if missing and declared_tie(donor.config) is False and donor is not reference:
+        if missing and declared_tie(donor.config) is False:
             warnings.append(
                 f"{escape(missing[0])} is not written, and config.json of {donor.label} does not tie it: a loader "
                 "makes it of random numbers"

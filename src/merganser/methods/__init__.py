@@ -13,7 +13,7 @@ from merganser.methods._options import (
     per_model,
     tensors_option,
 )
-from merganser.methods._registry import all_methods, canonical_option, create_method, find_method
+from merganser.methods._registry import all_methods, canonical_option, create_method, find_method, given_name
 from merganser.methods._search import Choice, Search, Trials
 from merganser.methods._sequential import Sequential, Visit
 
@@ -37,6 +37,7 @@ __all__ = [
     "canonical_option",
     "create_method",
     "find_method",
+    "given_name",
     "list_option",
     "method_option",
     "option",

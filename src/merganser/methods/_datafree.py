@@ -16,6 +16,9 @@ from merganser.solvers import Status
 
 __all__ = ["Regression", "regress"]
 
+LARGEST_EMBEDDING = 1 << 22
+"""Entries of an embedding up to which it is a matrix like others."""
+
 
 def regress(
     block: Block,
@@ -63,10 +66,6 @@ def regress(
         seconds=time.perf_counter() - began,
     )
     return x if start is None else x.add_(start)
-
-
-LARGEST_EMBEDDING = 1 << 22
-"""Entries of an embedding up to which it is a matrix like others."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from merganser.errors import Place, RecipeError, UsageError, suggestion
 from merganser.methods._base import Method
 
-__all__ = ["all_methods", "canonical_option", "create_method", "find_method"]
+__all__ = ["all_methods", "canonical_option", "create_method", "find_method", "given_name"]
 
 ENTRY_POINTS = "merganser.methods"
 
@@ -68,6 +68,23 @@ def canonical_option(key: str) -> str:
     return _OPTION_ALIASES.get(key, key)
 
 
+def given_name(given: Collection[str], option: str) -> str | None:
+    """The name under which an option is given, if it is.
+
+    Raises:
+        RecipeError: E0305, it is given under two names.
+    """
+    names = [key for key in given if canonical_option(key) == option]
+    if len(names) > 1:
+        raise RecipeError(
+            "E0305",
+            f"`{names[0]}` and `{names[1]}` are two names of one option",
+            places=Place(key=names[0]),
+            fix="give one of them",
+        )
+    return names[0] if names else None
+
+
 def create_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method with its options, which are checked at once.
 
@@ -79,14 +96,7 @@ def create_method(name: str, options: Mapping[str, Any]) -> Method:
     values = {}
     for given, value in options.items():
         key = canonical_option(given)
-        other = next((word for word in options if word != given and canonical_option(word) == key), None)
-        if other is not None:
-            raise RecipeError(
-                "E0305",
-                f"`{given}` and `{other}` are two names of one option",
-                places=Place(key=given),
-                fix="give one of them",
-            )
+        given_name(options, key)
         if key not in known:
             elsewhere = sorted({m.name for m in all_methods().values() if key in m.options()})
             raise RecipeError(

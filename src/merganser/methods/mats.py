@@ -48,8 +48,9 @@ class MaTS(Method, name="mats"):
     """``(sum_i w_i C_i) W = sum_i w_i C_i W_i``, solved tensor by tensor from an initialisation.
 
     The metric ``C_i`` is the K-FAC approximation ``A_i (x) G_i`` of the model's Fisher (or what `objective` says): the
-    directions in which its task is sensitive. Directions that no metric sees keep the initialisation. Tensors
-    without statistics take the weighted mean.
+    directions in which its task is sensitive. Directions that no metric sees keep the initialisation; that is made
+    with the weights divided by their mean, so that a common factor changes nothing. Tensors without statistics take the
+    weighted mean.
 
     By default each metric is divided by its trace, so that no task dominates by loss or length; both factors are
     damped by 0.1 of their mean eigenvalue, in the metric and the right-hand side alike; and 15 iterations of conjugate

@@ -11,7 +11,7 @@ from typing import Any
 
 from merganser.blocks import is_head
 from merganser.errors import Place, RecipeError
-from merganser.methods import Method, canonical_option, create_method
+from merganser.methods import Method, canonical_option, create_method, given_name
 from merganser.recipe._settings import Parameters, Setting, constant, unwrap
 
 __all__ = ["Recipe", "Rule", "Slice", "Source", "filters_of", "same_model", "simple_recipe"]
@@ -229,16 +229,8 @@ class Recipe:
 
 def _first(levels: Sequence[Parameters], key: str, name: str, position: float) -> Any:
     for level in levels:
-        names = [own for own in level if canonical_option(own) == key]
-        if len(names) > 1:
-            raise RecipeError(
-                "E0305",
-                f"`{names[0]}` and `{names[1]}` are two names of one option",
-                places=Place(key=names[0]),
-                fix="give one of them",
-            )
-        setting = level[names[0]] if names else None
-        value = setting.at(name, position) if setting is not None else None
+        given = given_name(level, key)
+        value = level[given].at(name, position) if given is not None else None
         if value is not None:
             return value
     return None

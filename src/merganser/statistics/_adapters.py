@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
-from typing import Any
 
-from merganser.statistics._statistics import TABLES, Statistics
-
-__all__ = ["as_saved"]
+__all__ = ["saved_name"]
 
 
-def as_saved(found: Statistics, adapters: Collection[str]) -> Statistics:
-    """Statistics under the names of PEFT's files, which lack the name of the adapter.
+def saved_name(name: str, adapters: Collection[str]) -> str:
+    """The name of a parameter in PEFT's files, which lack the name of the adapter.
 
     Args:
-        found: of a model with adapters, e.g. of ``...k.ia3_l.default``.
+        name: in the running model, e.g. ``...k.ia3_l.default``.
         adapters: their names, e.g. ``default``.
     """
-    if not adapters:
-        return found
-    tables: dict[str, Any] = {
-        table: {_saved(name, adapters): value for name, value in found.table(table).items()} for table in TABLES
-    }
-    counts = {}
-    for key, count in found.counts.items():
-        table, _, name = key.partition("/")
-        counts[f"{table}/{_saved(name, adapters)}"] = count
-    weights = {_saved(name, adapters): digest for name, digest in found.digests.items()}
-    provenance = {**found.provenance, "model": {**found.provenance["model"], "weights": weights}}
-    transposed = frozenset(_saved(name, adapters) for name in found.transposed)
-    return dataclasses.replace(found, **tables, counts=counts, provenance=provenance, transposed=transposed)
-
-
-def _saved(name: str, adapters: Collection[str]) -> str:
     parts = name.split(".")
     kept = [
         part

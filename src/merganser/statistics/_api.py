@@ -10,7 +10,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.checkpoint import open_checkpoint
 from merganser.errors import InputError, Place, UsageError
-from merganser.statistics._adapters import as_saved
+from merganser.statistics._adapters import saved_name
 from merganser.statistics._batching import FileBatches, open_data, padding
 from merganser.statistics._collect import Collection
 from merganser.statistics._file import check_out
@@ -132,7 +132,8 @@ def collect(
         checkpoint = Path(out).with_name(f"{Path(out).name}.running")
     where = None if checkpoint is None else Path(checkpoint)
     found = collection.run(checkpoint=where, every=checkpoint_seconds, resume=resume, progress=progress)
-    found = as_saved(found, getattr(model, "peft_config", ()))
+    if adapters := getattr(model, "peft_config", None):
+        found = found.renamed(lambda name: saved_name(name, adapters))
     for note in collection.notes if on_note is not None else ():
         assert on_note is not None
         on_note(note)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merganser._torch import torch
@@ -109,6 +109,29 @@ class Statistics:
 
     def __radd__(self, other: object) -> Statistics:
         return self if other == 0 else NotImplemented
+
+    def renamed(self, named: Callable[[str], str | None]) -> Statistics:
+        """The same under other names of the weights; those without one are left out.
+
+        Args:
+            named: the new name of a weight, or None.
+        """
+
+        def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {new: value for name, value in values.items() if (new := named(name)) is not None}
+
+        tables = {table: kept(self.table(table)) for table in TABLES}
+        counts = {}
+        for key, count in self.counts.items():
+            table, _, name = key.partition("/")
+            if (new := named(name)) is not None:
+                counts[f"{table}/{new}"] = count
+        model = dict(self.provenance.get("model") or {})
+        if self.digests:
+            model["weights"] = kept(self.digests)
+        transposed = frozenset(new for name in self.transposed if (new := named(name)) is not None)
+        provenance = {**self.provenance, "model": model}
+        return replace(self, **tables, counts=counts, provenance=provenance, transposed=transposed)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a statistics file; it appears whole or not at all.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from merganser._version import __version__
+from merganser.checkpoint import open_checkpoint
 from merganser.errors import InputError, Place
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench._base import is_pooler, write_model
@@ -31,14 +34,7 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
     if entry.expert is not None:
         return _given(lab, name, lab.suite.data / entry.expert, entry.head)
     start = lab.fresh_head(name, seed)
-    made_with = key(
-        file_digest(lab.part(name, "train"), lab.base),
-        lab.settings.training.identity(),
-        seed,
-        lab.settings.pooling,
-        lab.settings.max_length,
-        __version__,
-    )
+    made_with = _made_with(lab, lab.settings.training, seed, file_digest(lab.part(name, "train"), lab.base))
     folder = lab.cache / "experts" / f"{name}-{made_with}"
     if not folder.is_dir():
         fine_tune(lab, {name: start}, lab.settings.training, lab.settings.training.steps, seed, folder)
@@ -54,6 +50,12 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
     )
 
 
+def _made_with(lab: Lab, training: Training, seed: int, *more: Any) -> str:
+    """A digest of what a training depends on."""
+    settings = lab.settings
+    return key(*more, training.identity(), seed, settings.pooling, settings.max_length, __version__)
+
+
 def _given(lab: Lab, name: str, folder: Path, head: str | None) -> Expert:
     """An expert that is not trained here. A pooling layer that no head reads is left out, as in the base."""
     file = None if head is None else lab.suite.data / head
@@ -66,13 +68,13 @@ def _given(lab: Lab, name: str, folder: Path, head: str | None) -> Expert:
                 fix="give the folder at which its path starts: --data",
             )
     digest = file_digest(folder)
-    tensors = read_tensors(folder)
-    kept = {n: t for n, t in tensors.items() if not is_pooler(n)}
-    if lab.settings.pooling != "pooler" and len(kept) < len(tensors):
+    with contextlib.closing(open_checkpoint(folder)) as checkpoint:
+        pooled = any(map(is_pooler, checkpoint.specs()))
+    if pooled and lab.settings.pooling != "pooler":
         source, folder = folder, lab.cache / "experts" / f"{name}-{digest}"
         if not folder.is_dir():
             with written_whole(folder) as draft:
-                write_model(draft, kept, source)
+                write_model(draft, {n: t for n, t in read_tensors(source).items() if not is_pooler(n)}, source)
     return Expert(name, folder, file, digest if file is None else key(digest, file_digest(file)), 0.0)
 
 
@@ -80,16 +82,7 @@ def make_multitask(lab: Lab, seed: int) -> list[Expert]:
     """One model that was fine-tuned on all tasks together, with a head for each."""
     names, training = list(lab.settings.tasks), lab.settings.training
     steps = lab.settings.baseline_training.multitask_steps or training.steps * len(names)
-    made_with = key(
-        [file_digest(lab.part(n, "train")) for n in names],
-        file_digest(lab.base),
-        training.identity(),
-        steps,
-        seed,
-        lab.settings.pooling,
-        lab.settings.max_length,
-        __version__,
-    )
+    made_with = _made_with(lab, training, seed, file_digest(*(lab.part(n, "train") for n in names), lab.base), steps)
     folder = lab.cache / "experts" / f"multitask-{made_with}"
     if not folder.is_dir():
         fine_tune(lab, {n: lab.fresh_head(n, seed) for n in names}, training, steps, seed, folder)

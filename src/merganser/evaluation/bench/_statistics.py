@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from merganser._version import __version__
-from merganser.evaluation._subject import open_subject, read_tensors
+from merganser.checkpoint import open_checkpoint
+from merganser.evaluation._subject import open_subject
 from merganser.evaluation.bench._expert import Expert
 from merganser.evaluation.bench._lab import Lab
 from merganser.evaluation.bench._store import file_digest, key
-from merganser.statistics import TABLES, Statistics, collect
+from merganser.statistics import Statistics, collect
 from merganser.training._ia3 import IA3_SUFFIX, insert_ia3
 
 __all__ = ["statistics_of"]
@@ -42,8 +44,9 @@ def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]]) -
     if expert.head is not None and expert.head.is_dir():
         whole = open_subject(expert.model, lab.base, None).with_head(expert.task, expert.head)
         found = collect(whole, batches, wanted.kinds, estimator=wanted.estimator)
-        own = read_tensors(expert.model).keys()
-        return _selected(found, lambda name: name if name in own else None)
+        with contextlib.closing(open_checkpoint(expert.model)) as checkpoint:
+            own = frozenset(checkpoint.specs())
+        return found.renamed(lambda name: name if name in own else None)
     network = lab.network(expert.model if expert.vectors is None else str(lab.base), expert.head)
     if expert.vectors is not None:
         insert_ia3(network.encoder, load_file(expert.vectors))
@@ -52,18 +55,4 @@ def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]]) -
     found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
     if network.head is None:
         return found
-    return _selected(found, lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
-
-
-def _selected(found: Statistics, named: Callable[[str], str | None]) -> Statistics:
-    """Statistics of some weights, under other names.
-
-    Args:
-        found: of all weights.
-        named: the new name of a weight; None to leave it out.
-    """
-    tables: dict[str, Any] = {
-        table: {new: value for name, value in found.table(table).items() if (new := named(name)) is not None}
-        for table in TABLES
-    }
-    return Statistics(**tables)
+    return found.renamed(lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
