@@ -22,6 +22,9 @@ from merganser.statistics import LayerWalk, collect
 
 __all__ = ["merge_sequentially"]
 
+_ROOM = 1 << 30
+"""Bytes for what the layers that are done return for the data, half for the merged model and half for all others."""
+
 
 def merge_sequentially(
     models: Sequence[Any],
@@ -130,8 +133,8 @@ class _Run:
         self._method = method
         self._weights = weights
         self._seed = seed
-        self._walk = LayerWalk(merged)
-        self._walks = [LayerWalk(model) for model in models]
+        self._walk = LayerWalk(merged, _ROOM // 2)
+        self._walks = [LayerWalk(model, _ROOM // (2 * len(models))) for model in models]
         self._data = [walk.batches(batches) for walk, batches in zip(self._walks, data, strict=True)]
         for walk in (self._walk, *self._walks):
             walk.explore(self._data[0][0])
@@ -168,6 +171,9 @@ class _Run:
                     places=Place(tensor=lacking),
                     fix="collect the kind `kfac` from every model",
                 )
+        walks = (self._walk, *self._walks)
+        for walk in walks:
+            walk.restart()
         for prefix, names in self._steps():
             visits = self._visit(prefix, names, evidence)
             for name in names:
@@ -182,6 +188,8 @@ class _Run:
                 matrix, bias = (solution.x[:, :-1], solution.x[:, -1]) if self._biased(name) else (solution.x, None)
                 self._walk.put(name, matrix, bias)
                 self.changed.update(self._walk.tensors(name, bias=bias is not None))
+            for walk in walks:
+                walk.settle(names)
 
     def _steps(self) -> Iterator[tuple[str | None, tuple[str, ...]]]:
         """What is merged at a time, and the prefix of its names if it is a whole numbered layer."""

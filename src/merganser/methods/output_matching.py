@@ -21,7 +21,8 @@ class OutputMatching(Sequential, name="output_matching"):
     a 1 where the layer has a bias. RegMean++ is the case e = h, which does not correct what the merged layers before
     have already changed. Everything that is no linear layer takes the mean.
 
-    Two passes over the data per weight and model, to that weight; O(in^3 + models out in^2) per weight, in float64.
+    Two passes over the data per weight and model, from the last layer that is done (as far as memory holds what it
+    returned) to that weight; O(in^3 + models out in^2) per weight, in float64.
     """
 
     off_diagonal: float = option(1.0, "factor of the off-diagonal entries of the moments", ge=0.0, le=1.0)

@@ -23,7 +23,8 @@ class SequentialMaTS(Sequential, name="sequential_mats"):
     moment of the gradients of the outputs: of `statistics`, where they are given; else measured in model i with labels
     sampled from it. From the second of `rounds` on it is measured at the model merged so far.
 
-    Per weight two passes over the data to that weight, and O(models out in (out + in)) per iteration.
+    Per weight two passes over the data from the last layer that is done (as far as memory holds what it returned) to
+    that weight, and O(models out in (out + in)) per iteration.
     """
 
     iterations: int = option(15, "most iterations of conjugate gradients per weight", ge=0)

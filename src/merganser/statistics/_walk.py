@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from merganser._torch import torch
@@ -10,6 +10,7 @@ from merganser.errors import InputError
 from merganser.statistics._batch import Batch, Caller, Tokens
 from merganser.statistics._layers import Layer
 from merganser.statistics._layout import find_layers
+from merganser.statistics._prefix import Level, Prefix
 from merganser.statistics._settings import accumulator
 from merganser.statistics._tape import Call, Identity, Quiet, Tape, identity
 
@@ -25,15 +26,20 @@ class LayerWalk:
 
     A weight that is also an embedding (a tied head) is not among them. Only real tokens count.
 
+    A pass leaves out the blocks (of a list of modules) whose weights are all settled, as far as memory allows, so that
+    passes to one layer after the other cost O(layers) and not O(layers^2). Whether the model allows that is checked:
+    the first pass to some weights that leaves something out is compared with a whole one, bit for bit.
+
     Args:
         model: the model; its mode is put back after each pass, its weights change only by `put`.
+        room: bytes for the outputs of settled blocks.
 
     Attributes:
         order: the names of the weights in the order in which the first pass reached them; empty before `explore`.
         dtype: of sums over tokens: the wider of float32 and the model's type.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, room: int = 0) -> None:
         layers, names, _ = find_layers(model)
         embeddings = {id(layer.weight) for layer in layers if layer.one_hot}
         self._model = model
@@ -44,6 +50,9 @@ class LayerWalk:
                 self._layers.setdefault(names[id(layer)], []).append(layer)
         self._names = names
         self._calls: dict[str, list[Identity]] = {}
+        paths = {name: [layer.path for layer in own] for name, own in self._layers.items()}
+        self._prefix = Prefix(model, paths, room)
+        self._trusted: set[tuple[Level, tuple[str, ...]]] = set()
         self.dtype = accumulator(None, model)
 
     @property
@@ -85,11 +94,41 @@ class LayerWalk:
             found.setdefault(tuple(calls), []).append(name)
         return [tuple(names) for names in found.values()]
 
+    def restart(self) -> None:
+        """All weights that a pass reaches may change."""
+        self._prefix.restart()
+        self.settle(self._layers.keys() - self._calls.keys())
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Some weights, and what is before them, change no more."""
+        self._prefix.settle(names)
+
     def inputs(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The rows that each weight multiplies, ``(tokens, in)``; weights that share their input share the rows.
 
         The pass ends with the last call of the last of them.
         """
+        case = self._prefix.level(id(batch)), tuple(names)
+        if not case[0] or case in self._trusted:
+            with self._prefix.short(id(batch)):
+                return self._rows(batch, names)
+        whole = self._rows(batch, names)
+        if self._is_short(batch, names, whole):
+            self._trusted.add(case)
+        else:
+            self._prefix.abandon()
+        return whole
+
+    def _is_short(self, batch: Batch, names: Collection[str], whole: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a pass that leaves settled blocks out gives what a whole one has given."""
+        try:
+            with self._prefix.short(id(batch)):
+                rows = self._rows(batch, names)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # of the model's own code
+            return False
+        return all(torch.equal(rows[name], whole[name]) for name in names)
+
+    def _rows(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         known: dict[Identity, torch.Tensor] = {}
         alive: list[torch.Tensor] = []
