@@ -172,6 +172,21 @@ def test_a_settled_block_runs_once_per_batch_and_where_passes_are_compared() -> 
     assert whole[0] > groups * (LAYERS - 1) * 20
 
 
+@pytest.mark.parametrize("method", ["regmean_pp", "output_matching", "sequential_mats"])
+def test_first_layers_that_all_models_share_stay_and_are_not_measured(method: str) -> None:
+    base, models = family(Chain)
+    for model in models:
+        frozen = {n: v for n, v in base.state_dict().items() if n.startswith(("first", "blocks.0", "blocks.1", "last"))}
+        model.load_state_dict(frozen, strict=False)
+    data = [batches(3, 6), batches(4, 6)]
+    found = merged(base, models, data, method, 1 << 30)
+    for name, value in frozen.items():
+        assert torch.equal(found[name], value) or name.startswith("last")
+    assert not torch.equal(found["blocks.2.up.weight"], base.state_dict()["blocks.2.up.weight"])
+    if method == "output_matching":
+        assert calls(models[0])[0] < 2 * calls(models[0])[2]
+
+
 @pytest.mark.parametrize("sort", ["llama", "bert", "t5"])
 def test_models_of_transformers(sort: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,8 +163,15 @@ class _Run:
             InputError: E0418, a layer has no output factors.
             NumericError: E0601, a solution is not finite.
         """
+        walks = (self._walk, *self._walks)
+        for walk in walks:
+            walk.restart()
+        common = set(self._common())
         for found in evidence:
-            lacking = next((name for name in self._walk.order if "output_gram" not in found.kinds(name)), None)
+            lacking = next(
+                (name for name in self._walk.order if name not in common and "output_gram" not in found.kinds(name)),
+                None,
+            )
             if lacking is not None:
                 raise InputError(
                     "E0418",
@@ -171,11 +179,9 @@ class _Run:
                     places=Place(tensor=lacking),
                     fix="collect the kind `kfac` from every model",
                 )
-        walks = (self._walk, *self._walks)
-        for walk in walks:
-            walk.restart()
-        for prefix, names in self._steps():
-            visits = self._visit(prefix, names, evidence)
+        for prefix, members in self._steps():
+            names = tuple(name for name in members if name not in common)
+            visits = self._visit(prefix, names, evidence) if names else {}
             for name in names:
                 solution = self._method.solve(visits[name])
                 if not bool(solution.x.isfinite().all()):
@@ -189,7 +195,24 @@ class _Run:
                 self._walk.put(name, matrix, bias)
                 self.changed.update(self._walk.tensors(name, bias=bias is not None))
             for walk in walks:
-                walk.settle(names)
+                walk.settle(members)
+
+    def _common(self) -> Iterator[str]:
+        """The weights of the first layers, as far as all models have the same: their inputs agree, and they stay."""
+
+        def layer(name: str) -> tuple[str, int] | None:
+            found = layer_of(name)
+            return found and found[:2]
+
+        merged, *others = (model.state_dict() for model in (self._merged, *self._models))
+        different = {
+            layer(name)
+            for name, value in merged.items()
+            if not all(name in own and torch.equal(value, own[name]) for own in others)
+        }
+        if None in different:  # which may be before all layers
+            return iter(())
+        return itertools.takewhile(lambda name: layer(name) not in different, self._walk.order)
 
     def _steps(self) -> Iterator[tuple[str | None, tuple[str, ...]]]:
         """What is merged at a time, and the prefix of its names if it is a whole numbered layer."""

@@ -120,9 +120,9 @@ def _walked_row(
         RecipeError: E0308, the suite wants what such a merge cannot do.
     """
     keys = lab.settings.merge
-    refused = (
-        "(IA)^3 vectors" if experts[0].vectors else "`merge: only` and `exclude`" if keys.only or keys.exclude else ""
-    )
+    trained = set(lab.settings.training.only)  # all other weights are those of the base in every expert
+    patterns = keys.exclude or (keys.only and set(keys.only) != trained)
+    refused = "(IA)^3 vectors" if experts[0].vectors else "`merge: only` and `exclude`" if patterns else ""
     if refused:
         raise RecipeError(
             "E0308",
