@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from merganser._torch import torch
+from merganser.engine._arguments import check_arguments
 from merganser.engine._merge import in_memory, save
 from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, make_plan
@@ -120,6 +122,17 @@ def merge(
 
     Complexity: O(models x elements) per pass; arithmetic in float32 (float64 for float64 inputs), rounded once.
     """
+    check_arguments(
+        weights=weights,
+        statistics=statistics,
+        seed=seed,
+        out=out,
+        evaluator=evaluator,
+        max_memory=max_memory,
+        data=data,
+    )
+    if weights is not None:
+        weights = [_plain(weight) for weight in weights]
     keys: dict[str, Any] = {
         "base": base,
         "method": method,
@@ -127,7 +140,7 @@ def merge(
         "init": init,
         "options": options,
         "dtype": None if dtype is None else str(dtype),
-        "seed": seed,
+        "seed": int(seed),
     }
     chosen = create_method(method, options) if isinstance(method, str) else method
     if isinstance(chosen, Sequential) and data is not None:
@@ -158,6 +171,11 @@ def merge(
     if not plan.outputs:
         return several[0]
     return several if plan.one_per_model else dict(zip(plan.outputs, several, strict=True))
+
+
+def _plain(weight: Any) -> Any:
+    """A number of numpy as one of Python; what is no number is refused with the recipe."""
+    return weight if isinstance(weight, bool) or not isinstance(weight, numbers.Real) else float(weight)
 
 
 def _refuse_sequential(method: Sequential, **given: Any) -> None:

@@ -71,7 +71,11 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     place = Place(file=str(out))
     if out.is_symlink() or not out.is_dir():
         raise EnvironmentFault(
-            "E0701", "the output exists already, and is not a folder", places=place, fix="choose another path"
+            "E0701",
+            "the output exists already, and is not a folder",
+            places=place,
+            why="who made a file cannot be seen, so none is ever replaced",
+            fix="choose another path, or remove it yourself",
         )
     found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
     if not found:

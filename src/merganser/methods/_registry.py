@@ -19,6 +19,21 @@ ENTRY_POINTS = "merganser.methods"
 
 _OPTION_ALIASES = {"lambda": "scale"}
 
+_ELSEWHERE = {
+    "breadcrumbs_ties": "`breadcrumbs` with election=ties",
+    "dare_linear": "`dare`",
+    "dare_ties": "`dare` with then=ties and density=1",
+    "della_linear": "`della`",
+    "model_breadcrumbs": "`breadcrumbs`",
+}
+"""What methods of other tools are here."""
+
+_OPTIONS_ELSEWHERE = {
+    "int8_mask": "leave it out: masks take no memory here",
+    "normalize": "`merge`: mean divides by the weights that agree, sum does not",
+}
+"""What options of other tools are here, in methods that have none of that name."""
+
 
 @functools.cache
 def all_methods() -> Mapping[str, type[Method]]:
@@ -57,9 +72,9 @@ def find_method(name: str) -> type[Method]:
     """
     table = all_methods()
     if name not in table:
-        raise RecipeError(
-            "E0304", f"there is no method `{name}`", places=Place(key=str(name)), fix=suggestion(str(name), table)
-        )
+        here = _ELSEWHERE.get(str(name))
+        fix = f"here it is {here}" if here else suggestion(str(name), table)
+        raise RecipeError("E0304", f"there is no method `{name}`", places=Place(key=str(name)), fix=fix)
     return table[name]
 
 
@@ -104,7 +119,12 @@ def create_method(name: str, options: Mapping[str, Any]) -> Method:
                 f"`{cls.name}` has no option `{key}`",
                 places=Place(key=key),
                 why=f"it is an option of {', '.join(elsewhere)}" if elsewhere else "",
-                fix=suggestion(key, known),
+                fix=_option_elsewhere(key, known) or suggestion(key, known),
             )
         values[known[key].name] = value
     return cls(**cls.completed(values))
+
+
+def _option_elsewhere(key: str, known: Collection[str]) -> str:
+    """What to give in the place of another tool's option; empty if nothing is known."""
+    return _OPTIONS_ELSEWHERE.get(key, "") if key != "normalize" or "merge" in known else ""
