@@ -14,7 +14,8 @@ import merganser as mg
 from merganser.engine import execute, make_plan
 from merganser.engine._merge import _MemorySink
 from merganser.errors import MerganserError
-from merganser.methods import Block, knots
+from merganser.methods import Block, _common_basis
+from merganser.methods._common_basis import Basis
 from merganser.recipe import simple_recipe
 
 Array = npt.NDArray[np.float64]
@@ -128,17 +129,28 @@ def test_dare_in_the_common_basis() -> None:
     assert not torch.equal(merged(0.5)["layers.0.q.weight"], merged(0.5, 1)["layers.0.q.weight"])
 
 
+def test_long_matrices_are_joined_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, states = ({n: v.float() for n, v in state.items()} for state in (models(3)[0], models(3)[1][0]))
+    given = [states, {name: 2 * value - base[name] for name, value in states.items()}, models(3)[1][1]]
+    cast = [{name: value.float() for name, value in state.items()} for state in given]
+    whole = mg.merge(cast, base=base, method="knots")
+    monkeypatch.setattr(_common_basis, "_ROWS", 7)
+    parts = mg.merge(cast, base=base, method="knots")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-6)
+
+
 def test_bases_kept_or_computed_again_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     base, states = models(3)
     plan = make_plan(simple_recipe(states, base=base, method="knots"))
     results, computed = [], Counter[str]()
-    compute = knots._common_basis
+    compute = _common_basis.common_basis
 
-    def counted(block: Block) -> torch.Tensor:
+    def counted(block: Block) -> Basis:
         computed[block.key.name] += 1
         return compute(block)
 
-    monkeypatch.setattr(knots, "_common_basis", counted)
+    monkeypatch.setattr("merganser.methods.knots.common_basis", counted)
     for counters, again in ((plan.counters, False), (3 << 20, True)):
         computed.clear()
         object.__setattr__(plan, "counters", counters)

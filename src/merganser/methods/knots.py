@@ -12,37 +12,16 @@ from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
 from merganser.methods._base import About, Method, State
 from merganser.methods._block import Block, BlockKey, Context, TransformedBlock
+from merganser.methods._common_basis import Basis, common_basis, workspace
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._matrices import check_mean, is_matrix, mean_of_rest
 from merganser.methods._options import method_option, option
-from merganser.methods._spectral import range_basis, thin_svd
 from merganser.methods.ties import Ties
 
 __all__ = ["Knots"]
 
 T = TypeVar("T")
-
-_NULL = 1e-5
-"""Singular values of the joined task vectors up to this are left out, as in the authors' code."""
-
-
-def _common_basis(block: Block) -> torch.Tensor:
-    """The left singular vectors ``[m, k]`` of ``[t_1 | .. | t_n]`` whose singular value exceeds 1e-5, in float64."""
-    dtype, (rows, columns) = block.base.dtype, block.spec.shape
-    models, device = len(block.weights), block.base.device
-    if dtype == torch.float64 or rows > models * columns:
-        joined = torch.empty(rows, models * columns, dtype=torch.float64, device=device)
-        for index in range(models):
-            joined[:, index * columns : (index + 1) * columns] = block.delta(index, slot=0).view(rows, columns)
-        return thin_svd(joined, dtype, floor=_NULL)[0].contiguous()
-    gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
-    for index in range(models):
-        delta = block.delta(index, slot=0).view(rows, columns).double()
-        gram.addmm_(delta, delta.mT)
-    if not bool(gram.isfinite().all()):  # where the user allows that: nothing is rotated, and what is NaN stays so
-        return torch.eye(rows, dtype=torch.float64, device=device)
-    return range_basis(gram, dtype, _NULL).contiguous()
 
 
 class _Bases:
@@ -54,18 +33,18 @@ class _Bases:
 
     def __init__(self, limit: int) -> None:
         self._room = limit
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, Basis] = {}
         self._lock = threading.Lock()
 
-    def of(self, block: Block) -> torch.Tensor:
-        """The basis ``[m, k]`` of one matrix, in float64."""
+    def of(self, block: Block) -> Basis:
+        """The basis of one matrix."""
         name = block.key.name
         found = self._kept.get(name)
         if found is None:
-            found = _common_basis(block)
+            found = common_basis(block)
             with self._lock:
-                if name not in self._kept and found.numel() <= self._room:
-                    self._room -= found.numel()
+                if name not in self._kept and found.numel <= self._room:
+                    self._room -= found.numel
                     self._kept[name] = found
         return found
 
@@ -73,16 +52,17 @@ class _Bases:
 class _AlignedBlock(TransformedBlock):
     """A matrix whose task vectors are ``U' t_i [k, n]``, or a run of the rows of these, and whose base is zero."""
 
-    def __init__(self, inner: Block, basis: torch.Tensor, first: int = 0, count: int | None = None) -> None:
+    def __init__(self, inner: Block, basis: Basis, first: int = 0, count: int | None = None) -> None:
         super().__init__(inner, self._rotate)
         columns = inner.spec.shape[1]
-        last = basis.shape[1] if count is None else first + count
-        self.basis = basis[:, first:last]
-        self.spec = replace(inner.spec, shape=(basis.shape[1], columns))
+        last = basis.rank if count is None else first + count
+        self.basis = basis
+        self.spec = replace(inner.spec, shape=(basis.rank, columns))
         self.key = BlockKey(inner.key.name, first * columns, last * columns)
+        self._rows = slice(first, last)
 
     def _rotate(self, inner: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
-        rotated = self.basis.mT @ delta.view(inner.spec.shape).double()
+        rotated = self.basis.rotated(index, delta.view(inner.spec.shape), self._rows)
         return delta[: rotated.numel()].copy_(rotated.view(-1))
 
     @property
@@ -117,7 +97,7 @@ class _AlignedContext(Context):
             if block.key.name not in self.specs:
                 return None
             basis = self._bases.of(block)
-            size = basis.shape[1]
+            size = basis.rank
             count = min(size, max(1, round(size * share)))
             aligned = _AlignedBlock(block, basis, (size - count) // 2 // 32 * 32, count)
             return aligned.key, fn(aligned)
@@ -144,9 +124,10 @@ class Knots(Composed, name="knots"):
 
     Matrices only, whatever their role; all other tensors take the mean of the task vectors.
 
-    U comes from the eigenvectors of ``sum_i t_i t_i'`` in float64 where the inputs are float32. The bases are kept
-    between passes as far as an eighth of the memory budget goes, and computed again otherwise.
-    O(m^3 + models m^2 n) per matrix and pass; one pass more than TIES has.
+    U comes from the eigenvectors of ``sum_i t_i t_i'`` in float64 where the inputs are float32, and where m is longer
+    than all inputs together (embeddings) from those of ``[t_i' t_j]``, without U itself. The bases are kept between
+    passes as far as an eighth of the memory budget goes, and computed again otherwise.
+    O(models m n min(m, models n)) per matrix and pass; one pass more than TIES has.
     """
 
     density: float = option(
@@ -194,8 +175,8 @@ class Knots(Composed, name="knots"):
         return self.inner.passes() + 1
 
     def buffers(self, models: int) -> int:
-        """Those of the inner method, and a base of zeros."""
-        return max(2, self.inner.buffers(models) + 1)
+        """Those of the inner method and a base of zeros; all task vectors of a matrix at once, for its basis."""
+        return max(models, self.inner.buffers(models)) + 1
 
     def caches(self) -> bool:
         """Bases are kept."""
@@ -208,15 +189,14 @@ class Knots(Composed, name="knots"):
     def workspace(self, spec: BlockSpec, models: int) -> int:
         """The joined task vectors in float64, their decomposition, and what the inner method needs."""
         rows, columns = spec.shape
-        small = min(rows, models * columns)
-        return 8 * small * small + 4 * models * spec.numel + self.inner.workspace(spec, models)
+        return workspace(rows, columns, models, spec.dtype) + self.inner.workspace(spec, models)
 
     def prepare(self, context: Context) -> _KnotsState:
         """The rank of every matrix, then the passes of the inner method."""
         bases = _Bases(max(0, context.counters - (context.models << 20)))
 
         def rank(block: Block) -> int:
-            return bases.of(block).shape[1] if is_matrix(block.spec) else 0
+            return bases.of(block).rank if is_matrix(block.spec) else 0
 
         ranks = {key.name: size for key, size in context.each(rank, as_merged=True)}
         specs = {
@@ -244,7 +224,7 @@ class Knots(Composed, name="knots"):
         return [self._finish(block, aligned, merged) for merged in self.inner.results(aligned, state.inner)]
 
     def _finish(self, block: Block, aligned: _AlignedBlock, merged: torch.Tensor) -> torch.Tensor:
-        vector = aligned.basis @ merged.view(aligned.spec.shape).double()
+        vector = aligned.basis.restored(block, merged.view(aligned.spec.shape))
         result = vector.view(-1).to(block.base.dtype).add_(block.base)
         return rescaled(block, result, self.scale) if isinstance(self.then, Method) else result
 
