@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import merganser as mg
 from merganser.errors import MerganserError
 from merganser.evaluation._intervals import bootstrap, wilson
+from merganser.evaluation._outcomes import Outcomes
 from tests.conftest import Cli
 from tests.helpers import read_model
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines, write_seq2seq
@@ -256,6 +257,23 @@ def test_a_decoder_generates_after_its_prompt(tmp_path: Path) -> None:
     found = mg.evaluate(folder, {"tasks": tasks})
     assert found.results["whole"].outcomes.values == (0.0, 1.0)
     assert found.results["first"].outcomes.values[0] == 1.0
+
+
+@pytest.mark.parametrize("write", [write_decoder, write_seq2seq])
+def test_a_model_that_gives_nan_generates_nothing(write: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    state = {name: torch.full_like(value, torch.nan) for name, value in read_model(folder).items()}
+    data = write_lines(tmp_path / "d.jsonl", [{"text": "a good film", "target": "a"}])
+    found = mg.evaluate(state, {"tasks": {"g": {"kind": "generation", "data": str(data)}}, "base": str(folder)})
+    assert found.errors["g"].code == "E0606"
+
+
+def test_the_mean_over_tasks_is_not_certain_because_all_items_are_right() -> None:
+    right, mixed = (Outcomes("accuracy", values) for values in ((1.0,) * 20, (1.0, 0.0) * 10))
+    assert 0 < right.variance < mixed.variance
+    low, high = wilson(20, 20)
+    assert right.variance == pytest.approx(((high - low) / (2 * 1.959964)) ** 2)
+    assert mixed.variance == pytest.approx(0.25 / 19)
 
 
 def test_intervals() -> None:

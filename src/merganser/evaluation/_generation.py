@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from merganser._torch import torch
+from merganser.errors import NumericError
 from merganser.evaluation._items import read_items
 from merganser.evaluation._likelihood import language_model, prepared_texts
 from merganser.evaluation._outcomes import Outcomes
@@ -51,11 +52,23 @@ class Generation:
                     do_sample=False,
                     num_beams=1,
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                    logits_processor=[_numbers],
                 )
                 for index, row in zip(chosen, found, strict=True):
                     answer = tokenizer.decode(row[length if decoder else 0 :], skip_special_tokens=True)
                     right[index] = float(_plain(answer, task.stop) == _plain(items[index]["target"], None))
         return Outcomes("exact_match", tuple(right))
+
+
+def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of the next tokens, of which generation would take any where they are NaN.
+
+    Raises:
+        NumericError: E0606.
+    """
+    if bool(scores.isnan().any()):
+        raise NumericError("E0606", "the model's scores of the next token are NaN")
+    return scores
 
 
 def _plain(text: str, stop: str | None) -> str:

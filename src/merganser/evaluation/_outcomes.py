@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from merganser.errors import MerganserError, NumericError, Place
-from merganser.evaluation._intervals import bootstrap, mean_interval, wilson
+from merganser.evaluation._intervals import Z, bootstrap, mean_interval, wilson
 
 __all__ = ["Evaluation", "Outcomes", "TaskResult", "mean_over", "relative"]
 
@@ -59,7 +59,13 @@ class Outcomes:
 
     @property
     def variance(self) -> float:
-        """The variance of `value`, items being independent."""
+        """The variance of `value`, items being independent.
+
+        Where all items are right, or none is, they show none: then it is that of Wilson's interval.
+        """
+        if self.proportion and len(set(self.values)) == 1:
+            low, high = self.interval
+            return ((high - low) / (2 * Z)) ** 2
         n, mean = len(self.values), self.value
         weights = self.weights or (1.0,) * n
         total = math.fsum(weights)
