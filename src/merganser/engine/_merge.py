@@ -14,6 +14,7 @@ from merganser._torch import torch
 from merganser.checkpoint import lay_out
 from merganser.engine._commit import FolderOutput
 from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._folders import solve_folders
 from merganser.engine._key import plan_key
 from merganser.engine._names import describe_method
 from merganser.engine._place import check_output
@@ -23,6 +24,7 @@ from merganser.engine._sink import Finished, Sink
 from merganser.engine._solved import unsolved_systems
 from merganser.engine._stream import Stream
 from merganser.errors import EnvironmentFault, NumericError, Place, escape
+from merganser.methods import Sequential
 
 __all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory", "usable_device"]
 
@@ -57,7 +59,7 @@ class Findings:
     """
 
     warnings: list[str]
-    report: dict[str, dict[str, Any]]
+    report: dict[str, Mapping[str, Any]]
     memory: dict[str, Any]
 
 
@@ -148,7 +150,7 @@ def execute(
 def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
     """Copies, then every group of merged tensors, then a look whether the inputs are still what they were."""
     warnings: list[str] = []
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Mapping[str, Any]] = {}
     for second, owner in stream.differing(plan.ties):
         warnings.append(
             f"`{escape(second.name)}` of {second.checkpoint.label} is tied to `{escape(owner.name)}` but holds other "
@@ -163,7 +165,13 @@ def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
         )
     stream.copy(copies, sink)
     memories: list[dict[str, Any]] = []
-    for method, tensors in plan.groups():
+    layerwise = {t.spec.name: t for t in plan.tensors if isinstance(t.method, Sequential)}
+    if layerwise:
+        found = solve_folders(plan, layerwise, stream)
+        stream.copy(found.copies, sink)
+        reports.update(found.figures)
+        warnings += found.notes
+    for method, tensors in () if layerwise else plan.groups():
         start = plan.start if method.initial() is not None else None
         figures, memory = stream.merge(method, tensors, plan.recipe.seed, sink, init=start)
         reports.update(figures)
