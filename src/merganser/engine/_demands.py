@@ -168,8 +168,6 @@ class Demands:
                 places=recipe.place("merge_method"),
                 fix="merge with an evaluator (evaluator=, or --eval-cmd)",
             )
-        if "data" in requires:
-            check_recipe(recipe, method)
         if "base" in requires and recipe.base is None:
             raise RecipeError(
                 "E0308",
@@ -177,6 +175,8 @@ class Demands:
                 places=recipe.place("base_model"),
                 fix="give it with --base, `base_model:` or base=",
             )
+        if "data" in requires:
+            check_recipe(recipe, method)
         kinds = requires & set(TABLES)
         members = [source for part in recipe.slices for source in self.members(part)]
         if kinds and any(id(source) not in self._evidence for source in members):

@@ -50,15 +50,12 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
             f"`{name}` is made around a method that merges layer by layer, which can only stand alone",
             places=recipe.place("merge_method"),
         )
-    if any(source.data is None for source in sources) or recipe.base is None:
-        lacking = "the base model that the others were fine-tuned from" if recipe.base is None else "data of every task"
+    if any(source.data is None for source in sources):
         raise RecipeError(
             "E0308",
-            f"`{name}` merges layer by layer, each on inputs of the tasks: it needs {lacking}",
-            places=recipe.place("base_model" if recipe.base is None else "merge_method"),
-            fix="give it with --base, `base_model:` or base="
-            if recipe.base is None
-            else "give a file per model, in their order, with --data, `data:` or data= (in Python also batches)",
+            f"`{name}` merges layer by layer, each on inputs of the tasks: it needs data of every task",
+            places=recipe.place("merge_method"),
+            fix="give a file per model: --data of `merge` and `plan`, `data:` in a recipe, data= in Python",
         )
     if len(recipe.slices) > 1 or any(source.layers is not None for source in sources):
         raise RecipeError("E0310", f"`{name}` merges whole models, not slices", places=recipe.place("slices"))
