@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser as mg
+from merganser.engine._sequential import solve_layers
 from merganser.errors import MerganserError
 from merganser.statistics import open_task
 from tests.conftest import Cli
@@ -265,6 +266,25 @@ def test_names_that_loading_changes_are_for_modules(cli: Cli, here: Path) -> Non
     before = sorted(here.rglob("*"))
     cli(*words(), "-o", "out").failed("E0405", "extra.weight", "in Python")
     assert sorted(here.rglob("*")) == before
+
+
+def test_weights_that_no_file_holds_are_not_made_up(cli: Cli, here: Path) -> None:
+    for name in ("base", "a", "b"):
+        state = load_file(here / name / "model.safetensors")
+        del state["model.norm.weight"]
+        save_file(state, here / name / "model.safetensors", {"format": "pt"})
+    cli(*words(), "-o", "out").failed("E0405", "model.norm.weight", "random numbers")
+    assert not Path("out").exists()
+
+
+def test_data_that_change_meanwhile_are_refused(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any, **options: Any) -> Any:
+        write_lines(here / "a.jsonl", [{"text": "bad"}])
+        return solve_layers(*args, **options)
+
+    monkeypatch.setattr("merganser.engine._folders.solve_layers", slow)
+    cli(*words(), "-o", "out").failed("E0412", "a.jsonl")
+    assert not Path("out").exists()
 
 
 def test_a_model_without_a_loss_has_no_gradients(cli: Cli, stock: Path, tmp_path: Path) -> None:

@@ -6,15 +6,16 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser.blocks import BlockSpec
-from merganser.checkpoint import DictCheckpoint
+from merganser.checkpoint import DictCheckpoint, stamp_of
+from merganser.engine._key import data_files, data_of
 from merganser.engine._layerwise import tasks
 from merganser.engine._plan import Plan
 from merganser.engine._sequential import ROOM, solve_layers
-from merganser.engine._sink import Finished
+from merganser.engine._sink import MemorySink
 from merganser.engine._stream import Stream
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import InputError, Place
@@ -23,24 +24,6 @@ from merganser.methods.average import Average
 from merganser.statistics import ModelFolder, TaskData, load_runnable, open_model
 
 __all__ = ["solve_folders"]
-
-
-class _Collected:
-    """A sink that keeps tensors."""
-
-    def __init__(self, specs: Sequence[BlockSpec]) -> None:
-        self.tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
-
-    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
-        """Take consecutive elements."""
-        self.tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
-
-    def finish(self, name: str, finished: Finished) -> None:
-        """Nothing is to be done."""
-
-    def finished(self, name: str) -> Finished | None:
-        """Nothing is there yet."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -70,6 +53,7 @@ def solve_folders(plan: Plan, tensors: Mapping[str, TensorPlan], stream: Stream)
         InputError: a model or its data are not fit for it.
         NumericError: E0601, a solution is not finite.
     """
+    stamps = _stamps(plan)
     given = tasks(plan.recipe)
     batches, notes = _batches(given)
     first = next(iter(tensors.values()))
@@ -95,12 +79,21 @@ def solve_folders(plan: Plan, tensors: Mapping[str, TensorPlan], stream: Stream)
         room=min(ROOM, plan.max_memory - plan.peak_memory),
         on_weight=done,
     )
+    changed = next((path for path, stamp in _stamps(plan).items() if stamps.get(path) != stamp), None)
+    if changed is not None:
+        raise InputError("E0412", "the data changed while they were used", places=Place(file=str(changed)))
     checkpoint = DictCheckpoint({name: tensor.cpu() for name, tensor in solved.tensors.items()}, "what was solved")
     copies = [
         dataclasses.replace(tensor, inputs=(Input(checkpoint, name),), base=None, method=None, statistics=())
         for name, tensor in tensors.items()
     ]
     return Found(copies, solved.figures, notes)
+
+
+def _stamps(plan: Plan) -> dict[Path, tuple[int, ...]]:
+    """The files that hold data of tasks, and by what a change of them shows."""
+    paths = [source for source in data_of(plan) if isinstance(source, str | os.PathLike)]
+    return {file: stamp_of(file) for path in paths for file in data_files(Path(path))}
 
 
 def _batches(given: Sequence[TaskData]) -> tuple[list[list[Any]], tuple[str, ...]]:
@@ -141,9 +134,9 @@ def _mean(tensors: Mapping[str, TensorPlan], dtype: torch.dtype, stream: Stream,
         )
         for name, tensor in tensors.items()
     }
-    sink = _Collected([tensor.spec for tensor in plans.values()])
+    sink = MemorySink([tensor.spec for tensor in plans.values()])
     stream.merge(method, plans, seed, sink)
-    return sink.tensors
+    return sink.outputs[0]
 
 
 def _evidence(tensors: Mapping[str, TensorPlan]) -> list[Any]:

@@ -17,7 +17,7 @@ from merganser.engine._plan import Plan
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.methods import Method
 
-__all__ = ["data_of", "plan_key", "statistics_of"]
+__all__ = ["data_files", "data_of", "plan_key", "statistics_of"]
 
 
 def plan_key(plan: Plan, shards: Sequence[Shard], run: Mapping[str, Any]) -> str | None:
@@ -70,6 +70,11 @@ def statistics_of(plan: Plan) -> list[Any]:
 def data_of(plan: Plan) -> list[Any]:
     """The data that the recipe names, each once."""
     return _distinct(source.data for part in plan.recipe.slices for source in part.sources)
+
+
+def data_files(path: Path) -> list[Path]:
+    """A data file, or all files of a saved data set."""
+    return sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
 
 
 def _distinct(found: Iterable[Any]) -> list[Any]:

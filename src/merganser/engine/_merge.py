@@ -20,7 +20,7 @@ from merganser.engine._names import describe_method
 from merganser.engine._place import check_output
 from merganser.engine._plan import Plan
 from merganser.engine._provenance import lock_data
-from merganser.engine._sink import Finished, Sink
+from merganser.engine._sink import MemorySink, Sink
 from merganser.engine._solved import unsolved_systems
 from merganser.engine._stream import Stream
 from merganser.errors import EnvironmentFault, NumericError, Place, escape
@@ -63,31 +63,16 @@ class Findings:
     memory: dict[str, Any]
 
 
-class _MemorySink:
+class _MemorySink(MemorySink):
     """Collects state dicts, one for each output of the plan."""
 
     def __init__(self, plan: Plan) -> None:
-        specs = [tensor.spec for tensor in plan.tensors]
-        self.outputs = [
-            {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs} for _ in plan.outputs or (0,)
-        ]
+        super().__init__([tensor.spec for tensor in plan.tensors], max(1, len(plan.outputs)))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The first output."""
         return self.outputs[0]
-
-    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
-        """Take consecutive elements."""
-        for tensors in self.outputs if output is None else (self.outputs[output],):
-            tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
-
-    def finish(self, name: str, finished: Finished) -> None:
-        """Nothing is to be done."""
-
-    def finished(self, name: str) -> Finished | None:
-        """Nothing is there from an earlier run."""
-        return None
 
 
 _COMPILED_FROM = 1 << 28

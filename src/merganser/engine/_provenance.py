@@ -14,7 +14,7 @@ from typing import Any
 from merganser._version import __version__
 from merganser.checkpoint import Checkpoint, FileCheckpoint, describe_file
 from merganser.engine._executor import LocalThreads
-from merganser.engine._key import data_of, statistics_of
+from merganser.engine._key import data_files, data_of, statistics_of
 from merganser.engine._lock import canonical_sha256
 from merganser.engine._names import describe_method, public_name, without_paths
 from merganser.engine._plan import Plan
@@ -189,5 +189,5 @@ def describe_data(source: Any) -> dict[str, Any]:
     path = Path(source)
     if not path.is_dir():
         return {"name": path.name, **describe_file(path)}
-    files = sorted(found for found in path.rglob("*") if found.is_file())
-    return {"name": path.name, "files": {str(found.relative_to(path)): describe_file(found) for found in files}}
+    files = {str(found.relative_to(path)): describe_file(found) for found in data_files(path)}
+    return {"name": path.name, "files": files}

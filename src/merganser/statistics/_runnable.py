@@ -104,7 +104,7 @@ def load_runnable(
             f"{len(missing)} weights of the model are in none of its files",
             places=Place(file=str(folder.path), tensor=sorted(missing)[0]),
             why="transformers would fill them with random numbers",
-            fix="name the fine-tuned model with its head, or collect the kind `gram`",
+            fix="name the fine-tuned model with its head; only statistics of the kind `gram` can do without",
         )
     config: Any = loaded.config
     if folder.task == "classification" and getattr(config, "pad_token_id", None) is None:
