@@ -122,7 +122,7 @@ FIXES: dict[str, str] = {
     "E0415": "correct or remove the line",
     "E0417": "add examples, one JSON object per line",
     "E0418": "collect the statistics again with `merganser collect`",
-    "E0419": "load the model yourself, and pass the module to merganser.collect",
+    "E0419": "load the model yourself in Python, and pass the module",
     "E0501": "do not use this checkpoint unless you know why it does that",
     "E0701": "choose another output path",
     "E0703": "check the path and its permissions",

@@ -305,7 +305,7 @@ def test_bad_data_is_found_before_the_model_is_loaded(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("merganser.statistics._api.load_model", never)
+    monkeypatch.setattr("merganser.statistics._runnable.load_model", never)
     path = tmp_path / "data.jsonl"
     write(path, *lines)
     out = tmp_path / "s.safetensors"

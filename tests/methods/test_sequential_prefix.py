@@ -123,7 +123,7 @@ def batches(seed: int, count: int = 4) -> list[torch.Tensor]:
 
 def merged(base: Any, models: Sequence[Any], data: Any, method: str, room: int, **options: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sequential, "_ROOM", room)
+        patch.setattr(_sequential, "ROOM", room)
         found: dict[str, Any] = mg.merge(models, base=base, data=data, method=method, **options)
     return found
 

@@ -45,8 +45,8 @@ CLAIMS = {
         ),
     ),
     "encoder-inputs": Claim(
-        "the same tasks, with inputs but no labels: MaTS 84.2, RegMean 79.0 of the experts' 87.6 %; layer by layer, in "
-        "Python with `data=` (`sequential_mats`), 86.9",
+        "the same tasks, with inputs but no labels: MaTS 84.2, RegMean 79.0 of the experts' 87.6 %; layer by layer, "
+        "with `--data` (`sequential_mats`), 86.9",
         _EIGHT,
         (
             ("| mats |", "| 84.2 |"),

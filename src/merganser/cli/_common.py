@@ -30,6 +30,14 @@ Evidence = Annotated[
     list[str] | None,
     typer.Option("--statistics", help="Statistics file; once per model, in their order (the base's before them)."),
 ]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Data of a model's task, as for `collect`, for methods that merge layer by layer; once per model.",
+    ),
+]
 Init = Annotated[
     str | None, typer.Option("--init", help="Where iterative methods start: a method or a model. [default: its own]")
 ]
@@ -51,6 +59,10 @@ FilesFrom = Annotated[
     typer.Option("--files-from", help="Whose configuration and tokenizer are taken. [default: base, or first]"),
 ]
 Memory = Annotated[str, typer.Option("--max-memory", help="Memory above the interpreter.")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Memory above the interpreter. [default: 1GB; layer by layer, what it takes]"),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-j", min=1, help="Worker threads. [default: all cores]")]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -102,6 +114,7 @@ def build_recipe(
     settings: Sequence[str] | None,
     statistics: Sequence[str] | None,
     *,
+    data: Sequence[str] | None = None,
     onto: str | None = None,
     **keys: Any,
 ) -> Any:
@@ -114,6 +127,7 @@ def build_recipe(
         weights: numbers with commas.
         settings: ``OPTION=VALUE``.
         statistics: a file per model.
+        data: a file per model.
         onto: the folder of an earlier merge; the method and the base are then those of that merge if not given.
         **keys: further keys of the recipe; those that are None or empty were not given.
 
@@ -131,8 +145,8 @@ def build_recipe(
     if onto is not None:
         from merganser.engine import onto_recipe
 
-        if statistics:
-            raise UsageError("E0201", "--statistics are of no use with --onto")
+        if statistics or data:
+            raise UsageError("E0201", f"{'--statistics' if statistics else '--data'} are of no use with --onto")
         options = _options(settings or ())
         return onto_recipe(list(inputs), onto, base=base, method=method, weights=numbers, options=options, **extra)
     if method is None:
@@ -140,9 +154,10 @@ def build_recipe(
             raise UsageError("E0201", "give one recipe file, or --method and the models")
         if Path(inputs[0]).is_dir():
             raise UsageError("E0201", f"`{inputs[0]}` is a model folder; add --method and the other models")
-        if base is not None or weights is not None or settings or statistics:
+        if base is not None or weights is not None or settings or statistics or data:
             raise UsageError(
-                "E0201", "--base, --weights, --set and --statistics belong to --method; write them into the recipe"
+                "E0201",
+                "--base, --weights, --set, --statistics and --data belong to --method; write them into the recipe",
             )
         return dataclasses.replace(load_recipe(Path(inputs[0])), **extra)
     return simple_recipe(
@@ -151,6 +166,7 @@ def build_recipe(
         method=method,
         weights=numbers,
         statistics=statistics or None,
+        data=data or None,
         options=_options(settings or ()),
         **extra,
     )
@@ -178,16 +194,17 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def settle_process() -> None:
+def settle_process(threads: int = 1) -> None:
     """Settings of this process, which only an application may choose.
 
-    Blocks run in threads of our own, so each torch operation runs in one. A plan makes hundreds of thousands of small
-    objects that live until the end; the collector is told not to look through them again and again.
+    Blocks run in threads of our own, so each torch operation runs in one; where models run, in as many as are
+    given. A plan makes hundreds of thousands of small objects that live until the end; the collector is told not to
+    look through them again and again.
     """
     import gc
 
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)

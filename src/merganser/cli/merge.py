@@ -10,6 +10,8 @@ import typer
 from merganser.cli._app import app, emit
 from merganser.cli._common import (
     Base,
+    Budget,
+    Data,
     Dtype,
     Evidence,
     Exclude,
@@ -18,7 +20,6 @@ from merganser.cli._common import (
     Init,
     Inputs,
     Json,
-    Memory,
     MethodName,
     Only,
     Onto,
@@ -38,7 +39,9 @@ from merganser.errors import UsageError, escape
 
 @app.command(
     epilog="Examples: merganser merge recipe.yml -o merged; "
-    "merganser merge -m ties --base base A B -s density=0.2 -o merged; merganser merge --locked merged -o again"
+    "merganser merge -m ties --base base A B -s density=0.2 -o merged; "
+    "merganser merge -m sequential_mats --base base A B --data a.jsonl --data b.jsonl -o merged; "
+    "merganser merge --locked merged -o again"
 )
 def merge(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write, or a name that ends in .safetensors.")],
@@ -58,9 +61,10 @@ def merge(
     heads: Heads = None,
     files_from: FilesFrom = None,
     statistics: Evidence = None,
+    data: Data = None,
     init: Init = None,
     onto: Onto = None,
-    max_memory: Memory = "1GB",
+    max_memory: Budget = None,
     threads: Threads = None,
     eval_cmd: Annotated[
         str | None,
@@ -88,14 +92,15 @@ def merge(
 ) -> None:
     """Merge models into a folder that loads."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    chosen = (method, base, weights, settings, statistics, onto, init, device, eval_cmd, *keys.values())
+    chosen = (method, base, weights, settings, statistics, data, onto, init, device, eval_cmd, *keys.values())
     again = None if locked is None else _locked(locked, inputs or [], any(chosen) or allow_nonfinite)
     if again is None:
-        recipe = build_recipe(inputs or [], method, base, weights, settings, statistics, onto=onto, init=init, **keys)
-        budget, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+        recipe = build_recipe(
+            inputs or [], method, base, weights, settings, statistics, data=data, onto=onto, init=init, **keys
+        )
+        shard_bytes = parse_size(shard_size)
     else:
-        recipe = again.recipe
-        budget, shard_bytes = parse_size(max_memory), int(again.settings["shard_bytes"])
+        recipe, shard_bytes = again.recipe, int(again.settings["shard_bytes"])
         device, allow_nonfinite = again.settings.get("device"), "allow_nonfinite" in again.settings
     from merganser.cli._evaluator import command_evaluator
     from merganser.cli._progress import Progress
@@ -105,7 +110,7 @@ def merge(
         if not quiet:
             print(escape(text), file=sys.stderr)
 
-    settle_process()
+    budget, threads = _resources(recipe, max_memory, threads, again)
     evaluator = command_evaluator(eval_cmd)
     recipe, record = resolve(recipe, evaluator, device=device, max_memory=budget, threads=threads)
     plan = make_plan(recipe, threads=threads, max_memory=budget)
@@ -144,6 +149,21 @@ def merge(
     print(f"{outcome.out}: {plan.coverage()}; {format_size(plan.bytes_written)} in {format_seconds(outcome.seconds)}")
 
 
+def _resources(
+    recipe: Any, max_memory: str | None, threads: int | None, again: Any = None
+) -> tuple[int | None, int | None]:
+    """The budget (None for what it takes) and the threads; where models run, torch's too, on which bits may depend."""
+    from merganser.engine import DEFAULT_MEMORY, available_cores, is_layerwise
+
+    layerwise = is_layerwise(recipe)
+    if layerwise:
+        threads = threads or (available_cores() if again is None else again.threads)
+    settle_process(threads if layerwise and threads else 1)
+    if max_memory is not None:
+        return parse_size(max_memory), threads
+    return None if layerwise else DEFAULT_MEMORY, threads
+
+
 def _locked(lock: str, models: list[str], chosen: bool) -> Any:
     """The merge of a lock file, which leaves no choice."""
     from merganser.engine import open_locked
@@ -170,9 +190,10 @@ def plan(
     heads: Heads = None,
     files_from: FilesFrom = None,
     statistics: Evidence = None,
+    data: Data = None,
     init: Init = None,
     onto: Onto = None,
-    max_memory: Memory = "1GB",
+    max_memory: Budget = None,
     threads: Threads = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Also check that this output can be written.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="The output may replace an earlier merge's.")] = False,
@@ -181,11 +202,10 @@ def plan(
 ) -> None:
     """Show what a merge would do: rules, bytes, memory, time, warnings. No weight is read, nothing is written."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    recipe = build_recipe(inputs, method, base, weights, settings, statistics, onto=onto, init=init, **keys)
-    budget = parse_size(max_memory)
-    from merganser.engine import check_output, make_plan
+    recipe = build_recipe(inputs, method, base, weights, settings, statistics, data=data, onto=onto, init=init, **keys)
+    from merganser.engine import check_output, is_layerwise, make_plan
 
-    settle_process()
+    budget, threads = _resources(recipe, max_memory, threads)
     made = make_plan(recipe, threads=threads, max_memory=budget)
     if out is not None:
         from pathlib import Path
@@ -209,7 +229,10 @@ def plan(
     print(f"read         {format_size(made.bytes_read)}")
     print(f"write        {format_size(made.bytes_written)} ({made.dtype_name()})")
     print(f"peak memory  {format_size(made.peak_memory)} above the interpreter, {made.threads} threads")
-    print(f"time         about {format_seconds(made.seconds)} with the inputs in the page cache")
+    if is_layerwise(recipe):
+        print("time         is not predicted: the models run on the data, layer by layer")
+    else:
+        print(f"time         about {format_seconds(made.seconds)} with the inputs in the page cache")
     print(f"files from   {escape(made.donor.label)}")
     for text in made.warnings:
         print(f"warning: {escape(text)}")
@@ -238,7 +261,7 @@ def _coverage(made: Any) -> dict[str, Any]:
 
 
 def _plan_data(made: Any) -> dict[str, Any]:
-    from merganser.engine import describe_method
+    from merganser.engine import describe_method, is_layerwise
 
     return {
         "tensors": [
@@ -262,7 +285,7 @@ def _plan_data(made: Any) -> dict[str, Any]:
         "bytes_read": made.bytes_read,
         "bytes_written": made.bytes_written,
         "peak_memory": made.peak_memory,
-        "seconds": made.seconds,
+        "seconds": None if is_layerwise(made.recipe) else made.seconds,
         "threads": made.threads,
         "block_elements": made.block_elements,
         "files_from": made.donor.label,

@@ -3,6 +3,7 @@
 from merganser.engine._api import merge
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
+from merganser.engine._layerwise import is_layerwise
 from merganser.engine._locked import Locked, open_locked
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, in_memory, save, to_memory, usable_device
@@ -45,6 +46,7 @@ __all__ = [
     "execute",
     "group_of",
     "in_memory",
+    "is_layerwise",
     "make_plan",
     "map_front",
     "matching_tensors",

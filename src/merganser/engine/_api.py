@@ -11,11 +11,12 @@ from typing import Any, overload
 
 from merganser._torch import torch
 from merganser.engine._arguments import check_arguments
+from merganser.engine._layerwise import is_layerwise
 from merganser.engine._merge import in_memory, save
+from merganser.engine._modules import merge_modules
 from merganser.engine._onto import onto_recipe
 from merganser.engine._plan import DEFAULT_MEMORY, make_plan
 from merganser.engine._search import Evaluator, resolve
-from merganser.engine._sequential import merge_sequentially
 from merganser.errors import Place, RecipeError
 from merganser.methods import Method, Sequential, create_method
 from merganser.recipe import simple_recipe
@@ -108,9 +109,10 @@ def merge(
         onto: the folder of an earlier merge by the same method (`opcm`), to which the models are added; `weights` are
             those of the new models, and the options are the earlier ones if not given.
         max_memory: bytes above the interpreter (and above a result in memory). By default 1 GB with `out`, and
-            otherwise as much as the largest tensor needs.
+            otherwise as much as the largest tensor needs; layer by layer, as much as the models take.
         data: for methods that merge layer by layer (`regmean_pp`, `output_matching`, `sequential_mats`): for every
-            model the batches of its task, as for `collect`. The models and the base are modules then.
+            model the batches of its task, or a file, as for `collect`. The models and the base are the paths of model
+            folders, which are loaded; or they are modules, with batches, and a state dict is returned.
         **options: options of the method, checked at once.
 
     Returns:
@@ -143,23 +145,33 @@ def merge(
         "seed": int(seed),
     }
     chosen = create_method(method, options) if isinstance(method, str) else method
-    if isinstance(chosen, Sequential) and data is not None:
-        _refuse_sequential(chosen, init=init, device=device, out=out, evaluator=evaluator, onto=onto)
-        return merge_sequentially(
-            models, data, chosen, base=base, weights=weights, statistics=statistics, dtype=keys["dtype"], seed=seed
+    if isinstance(chosen, Sequential) and data is not None and not _are_paths(models, base):
+        return merge_modules(
+            models,
+            data,
+            chosen,
+            base=base,
+            weights=weights,
+            statistics=statistics,
+            dtype=keys["dtype"],
+            seed=seed,
+            init=init,
+            device=device,
+            out=out,
+            evaluator=evaluator,
+            onto=onto,
         )
-    if data is not None:
-        raise RecipeError("E0305", f"`{chosen.name}` does not use data", places=Place(key="data"))
     if onto is not None:
-        if statistics is not None:
-            raise RecipeError(
-                "E0305", "statistics are of no use in a merge onto another", places=Place(key="statistics")
-            )
+        for name, given in (("statistics", statistics), ("data", data)):
+            if given is not None:
+                raise RecipeError("E0305", f"{name} are of no use in a merge onto another", places=Place(key=name))
         recipe = onto_recipe(models, onto, **keys)
     else:
-        recipe = simple_recipe(models, statistics=statistics, **keys)
+        recipe = simple_recipe(models, statistics=statistics, data=data, **keys)
     recipe, record = resolve(recipe, evaluator, device=device, max_memory=max_memory)
-    plan = make_plan(recipe, max_memory=DEFAULT_MEMORY if max_memory is None and out is not None else max_memory)
+    if max_memory is None and out is not None and not is_layerwise(recipe):
+        max_memory = DEFAULT_MEMORY
+    plan = make_plan(recipe, max_memory=max_memory)
     if out is not None:
         outcome = save(plan, out, record=record, device=device, require_convergence=require_convergence)
         for text in outcome.warnings:
@@ -178,17 +190,7 @@ def _plain(weight: Any) -> Any:
     return weight if isinstance(weight, bool) or not isinstance(weight, numbers.Real) else float(weight)
 
 
-def _refuse_sequential(method: Sequential, **given: Any) -> None:
-    """Refuse arguments that a merge layer by layer has no use for.
-
-    Raises:
-        RecipeError: E0305.
-    """
-    for name, value in given.items():
-        if value is not None:
-            raise RecipeError(
-                "E0305",
-                f"`{method.name}` does not use `{name}`",
-                places=Place(key=name),
-                fix="load the returned state dict into a module, and save that" if name == "out" else "",
-            )
+def _are_paths(models: Any, base: Any) -> bool:
+    """Whether models are named by their paths, so that they are loaded where they have to run."""
+    named = [base] if base is not None else []
+    return isinstance(models, Sequence) and all(isinstance(model, str | os.PathLike) for model in (*named, *models))

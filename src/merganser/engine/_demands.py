@@ -9,9 +9,10 @@ from merganser.checkpoint import Checkpoint, FilePool, open_checkpoint
 from merganser.engine._compare import check_shapes
 from merganser.engine._evidence import Evidence, TensorEvidence, check_evidence, open_evidence
 from merganser.engine._init import init_method, is_method, likely_method
+from merganser.engine._layerwise import check_recipe, has_data
 from merganser.engine._tensor import Input
 from merganser.errors import InputError, Place, RecipeError, escape
-from merganser.methods import Method
+from merganser.methods import Method, Sequential
 from merganser.recipe import Recipe, Slice, Source, same_model
 from merganser.statistics import TABLES
 
@@ -136,6 +137,8 @@ class Demands:
             requires = method.requires(len(weights))
             if method.takes_base and self._recipe.base is not None:
                 requires |= {"base"}
+            if isinstance(method, Sequential) and method.curved and self._evidence:
+                requires |= {"output_gram"}  # otherwise they are measured
             self._used |= requires
             if method.uses_base_statistics():
                 self._used.add("base statistics")
@@ -165,13 +168,6 @@ class Demands:
                 places=recipe.place("merge_method"),
                 fix="merge with an evaluator (evaluator=, or --eval-cmd)",
             )
-        if "data" in requires:
-            raise RecipeError(
-                "E0308",
-                f"`{method.name}` merges layer by layer, each on inputs of the tasks",
-                places=Place(file=recipe.file, key="merge_method"),
-                fix="in Python: merge([module, ...], base=module, data=[batches of each task], ...)",
-            )
         if "base" in requires and recipe.base is None:
             raise RecipeError(
                 "E0308",
@@ -179,6 +175,8 @@ class Demands:
                 places=recipe.place("base_model"),
                 fix="give it with --base, `base_model:` or base=",
             )
+        if "data" in requires:
+            check_recipe(recipe, method)
         kinds = requires & set(TABLES)
         members = [source for part in recipe.slices for source in self.members(part)]
         if kinds and any(id(source) not in self._evidence for source in members):
@@ -222,6 +220,7 @@ class Demands:
             self.warnings.append(f"{len(names)} tensors in `{option}` are not among those merged: {escape(first)}, ...")
         for given, key, what in (
             (self._evidence and not self._used & set(TABLES), "statistics", "statistics"),
+            ("data" not in self._used and has_data(self._recipe), "data", "data"),
             (self._recipe.init is not None and "init" not in self._used, "init", "an initialisation"),
             (
                 self._recipe.base_statistics is not None and "base statistics" not in self._used,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from merganser.engine._plan import Plan
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.methods import Method
 
-__all__ = ["plan_key", "statistics_of"]
+__all__ = ["data_files", "data_of", "plan_key", "statistics_of"]
 
 
 def plan_key(plan: Plan, shards: Sequence[Shard], run: Mapping[str, Any]) -> str | None:
     """Everything that decides the bytes of an output: tensors, methods, inputs, layout, versions.
 
     Inputs count by path, size, time of change and inode; their contents are not read. None where an input is in
-    memory, because a later process cannot know that it has the same.
+    memory, because a later process cannot know that it has the same, and where models are solved for before the first
+    tensor is written, so that there is nothing to go on with.
 
     Args:
         plan: the plan.
@@ -33,6 +34,8 @@ def plan_key(plan: Plan, shards: Sequence[Shard], run: Mapping[str, Any]) -> str
 
     Complexity: O(models x tensors).
     """
+    if data_of(plan):
+        return None
     files: dict[str, tuple[int, ...]] = {}
     for checkpoint in plan.checkpoints:
         if not isinstance(checkpoint, FileCheckpoint):
@@ -61,6 +64,20 @@ def statistics_of(plan: Plan) -> list[Any]:
     """The statistics that the recipe names, each once, those of the base first."""
     recipe = plan.recipe
     found = [recipe.base_statistics, *(source.statistics for part in recipe.slices for source in part.sources)]
+    return _distinct(found)
+
+
+def data_of(plan: Plan) -> list[Any]:
+    """The data that the recipe names, each once."""
+    return _distinct(source.data for part in plan.recipe.slices for source in part.sources)
+
+
+def data_files(path: Path) -> list[Path]:
+    """A data file, or all files of a saved data set."""
+    return sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+
+
+def _distinct(found: Iterable[Any]) -> list[Any]:
     unique: list[Any] = []
     for given in found:
         if given is not None and not any(given is other or _same_path(given, other) for other in unique):

@@ -11,7 +11,7 @@ from typing import Any
 from merganser._version import __version__
 from merganser.checkpoint import FileCheckpoint, describe_file, open_checkpoint
 from merganser.engine._lock import LOCK_FILE, read_lock
-from merganser.engine._provenance import digest_files, input_files, versions
+from merganser.engine._provenance import describe_data, digest_files, input_files, versions
 from merganser.errors import InputError, MerganserError, Place, escape
 from merganser.recipe import Recipe, recipe_from
 
@@ -28,6 +28,7 @@ class Locked:
         file: the lock file.
         recipe: the recipe, with the paths of the inputs here.
         settings: how the files are laid out, and what else changes the bytes.
+        threads: how many there were.
         files: of every weight file of the earlier output its digests.
         differences: versions that are other ones here.
     """
@@ -35,6 +36,7 @@ class Locked:
     file: Path
     recipe: Recipe
     settings: Mapping[str, Any]
+    threads: int
     files: Mapping[str, Any]
     differences: tuple[str, ...]
 
@@ -70,7 +72,7 @@ def open_locked(path: str | os.PathLike[str], models: Sequence[str] = ()) -> Loc
 
     Args:
         path: a lock file, or the folder that it is in.
-        models: paths of inputs that are elsewhere: models and statistics files.
+        models: paths of inputs that are elsewhere: models, statistics files and data.
 
     Raises:
         InputError: E0423 (the lock file is damaged), E0424 (an input is another one, or the merge cannot be repeated),
@@ -81,20 +83,21 @@ def open_locked(path: str | os.PathLike[str], models: Sequence[str] = ()) -> Loc
     if lock.get("normalised") is None:
         raise InputError(
             "E0424",
-            "the merge cannot be repeated from its lock file: it had models, statistics or options in memory",
+            "the merge cannot be repeated from its lock file: it had models, statistics, data or options in memory",
             places=Place(file=str(file)),
         )
     finder = _Finder(file, models)
     try:
         found = [finder.model(entry) for entry in lock["inputs"]]
         statistics = [finder.statistics(entry) for entry in lock["statistics"]]
-        recipe = recipe_from(lock["normalised"], found.__getitem__, statistics.__getitem__)
+        data = [finder.data(entry) for entry in lock.get("data", ())]
+        recipe = recipe_from(lock["normalised"], found.__getitem__, statistics.__getitem__, data.__getitem__)
         files = {name: entry for name, entry in lock["files"].items() if "tensors" in entry}
         now = {"merganser": __version__, **versions()}
         differences = tuple(
             f"{key} is {value} here, and was {lock[key]}" for key, value in now.items() if lock[key] != value
         )
-        return Locked(file, recipe, lock["settings"], files, differences)
+        return Locked(file, recipe, lock["settings"], int(lock["threads"]), files, differences)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, MerganserError):
             raise
@@ -181,4 +184,24 @@ class _Finder:
                 return Place(file=candidate, found=error.message)
             return None if found.items() <= entry.items() else Place(file=candidate, found="has other contents")
 
+        return self._choose(entry, differs)
+
+    def data(self, entry: Mapping[str, Any]) -> str:
+        """The path of the data of a task.
+
+        Raises:
+            InputError: E0424, E0401.
+        """
+
+        def differs(candidate: str) -> Place | None:
+            try:
+                found = describe_data(candidate)
+            except MerganserError as error:
+                return Place(file=candidate, found=error.message)
+            return (
+                None if found | {"name": entry["name"]} == entry else Place(file=candidate, found="has other contents")
+            )
+
+        if entry.keys() == {"name"}:
+            raise InputError("E0424", "the data of a task were in memory", places=Place(file=str(self._lock)))
         return self._choose(entry, differs)

@@ -14,15 +14,17 @@ from merganser._torch import torch
 from merganser.checkpoint import lay_out
 from merganser.engine._commit import FolderOutput
 from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._folders import solve_folders
 from merganser.engine._key import plan_key
 from merganser.engine._names import describe_method
 from merganser.engine._place import check_output
 from merganser.engine._plan import Plan
 from merganser.engine._provenance import lock_data
-from merganser.engine._sink import Finished, Sink
+from merganser.engine._sink import MemorySink, Sink
 from merganser.engine._solved import unsolved_systems
 from merganser.engine._stream import Stream
 from merganser.errors import EnvironmentFault, NumericError, Place, escape
+from merganser.methods import Sequential
 
 __all__ = ["DEFAULT_SHARD", "Outcome", "execute", "in_memory", "save", "to_memory", "usable_device"]
 
@@ -57,35 +59,20 @@ class Findings:
     """
 
     warnings: list[str]
-    report: dict[str, dict[str, Any]]
+    report: dict[str, Mapping[str, Any]]
     memory: dict[str, Any]
 
 
-class _MemorySink:
+class _MemorySink(MemorySink):
     """Collects state dicts, one for each output of the plan."""
 
     def __init__(self, plan: Plan) -> None:
-        specs = [tensor.spec for tensor in plan.tensors]
-        self.outputs = [
-            {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs} for _ in plan.outputs or (0,)
-        ]
+        super().__init__([tensor.spec for tensor in plan.tensors], max(1, len(plan.outputs)))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The first output."""
         return self.outputs[0]
-
-    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
-        """Take consecutive elements."""
-        for tensors in self.outputs if output is None else (self.outputs[output],):
-            tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
-
-    def finish(self, name: str, finished: Finished) -> None:
-        """Nothing is to be done."""
-
-    def finished(self, name: str) -> Finished | None:
-        """Nothing is there from an earlier run."""
-        return None
 
 
 _COMPILED_FROM = 1 << 28
@@ -148,7 +135,7 @@ def execute(
 def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
     """Copies, then every group of merged tensors, then a look whether the inputs are still what they were."""
     warnings: list[str] = []
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Mapping[str, Any]] = {}
     for second, owner in stream.differing(plan.ties):
         warnings.append(
             f"`{escape(second.name)}` of {second.checkpoint.label} is tied to `{escape(owner.name)}` but holds other "
@@ -163,7 +150,13 @@ def _run(plan: Plan, stream: Stream, sink: Sink) -> Findings:
         )
     stream.copy(copies, sink)
     memories: list[dict[str, Any]] = []
-    for method, tensors in plan.groups():
+    layerwise = {t.spec.name: t for t in plan.tensors if isinstance(t.method, Sequential)}
+    if layerwise:
+        found = solve_folders(plan, layerwise, stream)
+        stream.copy(found.copies, sink)
+        reports.update(found.figures)
+        warnings += found.notes
+    for method, tensors in () if layerwise else plan.groups():
         start = plan.start if method.initial() is not None else None
         figures, memory = stream.merge(method, tensors, plan.recipe.seed, sink, init=start)
         reports.update(figures)

@@ -6,27 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import Role, natural_key
 from merganser.checkpoint import Checkpoint, refuse_unmergeable
+from merganser.engine._budget import COUNTER_BYTES, DEFAULT_MEMORY, enough, memory
 from merganser.engine._compare import check_configs, find_ties
 from merganser.engine._demands import OpenModels
 from merganser.engine._donors import check_donors, side_file_warnings
 from merganser.engine._executor import available_cores
+from merganser.engine._layerwise import check_folders, explained, left_of, loaded_bytes
 from merganser.engine._profile import predict_seconds
 from merganser.engine._rules import TensorRules
 from merganser.engine._tensor import Input, TensorPlan
-from merganser.errors import InputError, Place, RecipeError, ResourceError, UsageError
+from merganser.errors import InputError, Place, RecipeError, UsageError
 from merganser.methods import Method, find_method
 from merganser.recipe import Recipe, parse_dtype
 
 __all__ = ["DEFAULT_MEMORY", "Plan", "make_plan"]
-
-DEFAULT_MEMORY = 1_000_000_000
-_LARGEST_BLOCK = 1 << 20
-_WORKING_SET = 1 << 23
-_COUNTER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -162,10 +158,11 @@ class _Planner:
             if checkpoint not in opened.beside:
                 refuse_unmergeable(checkpoint)
         heads = [name for c in participants for name, spec in c.specs().items() if spec.role is Role.HEAD]
-        check_configs(participants, all(recipe.left_out(name) is not None for name in heads))
         aliases, ties = find_ties(participants)
         rules = TensorRules(recipe, method, dtype, opened, aliases)
-        tensors = sorted(rules.tensors(participants), key=lambda t: (natural_key(t.spec.name), t.spec.name))
+        with explained(method):
+            check_configs(participants, all(recipe.left_out(name) is not None for name in heads))
+            tensors = sorted(rules.tensors(participants), key=lambda t: (natural_key(t.spec.name), t.spec.name))
         if not any(tensor.method is not None for tensor in tensors):
             raise InputError(
                 "E0410",
@@ -175,8 +172,10 @@ class _Planner:
         donors = [c for c in (donor, rules.head_donor) if c is not None and c not in participants]
         warnings += check_donors(donors, reference, {tensor.spec.name: tensor.spec for tensor in tensors})
         warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
-        budget = _enough(tensors, self.threads) if self.max_memory is None else self.max_memory
-        block, peak = _memory(tensors, self.threads, budget)
+        check_folders(recipe, tensors)
+        loaded = loaded_bytes(recipe, tensors)
+        budget = enough(tensors, self.threads) + loaded if self.max_memory is None else self.max_memory
+        block, peak = memory(tensors, self.threads, left_of(budget, loaded))
         read = _bytes_read(tensors) + sum(a.spec.nbytes + b.spec.nbytes for a, b in ties)
         outputs, one_per_model = _outputs(tensors)
         written = sum(tensor.spec.nbytes for tensor in tensors) * max(1, len(outputs))
@@ -199,11 +198,11 @@ class _Planner:
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
-            counters=budget // 8 // _COUNTER_BYTES,
+            counters=budget // 8 // COUNTER_BYTES,
             max_memory=budget,
             bytes_read=read,
             bytes_written=written,
-            peak_memory=peak,
+            peak_memory=peak + loaded,
             seconds=predict_seconds(tensors, read, written, self.threads),
         )
 
@@ -222,72 +221,6 @@ def _outputs(tensors: Sequence[TensorPlan]) -> tuple[tuple[int, ...], bool]:
     if len(found) > 1:
         raise RecipeError("E0306", f"the tensors would have different results: {', '.join(map(str, sorted(found)))}")
     return next(iter(found.items()), ((), False))
-
-
-def _enough(tensors: Sequence[TensorPlan], threads: int) -> int:
-    """A budget that fits the largest tensor which its method needs whole, or rows of it, twice."""
-    whole = [tensor.whole_bytes() for tensor in tensors if tensor.is_whole]
-    rows = [t.step(kernels.CHUNK) * 2 * threads * 8 * (len(t.inputs) + 16) for t in tensors if not t.is_whole]
-    return max(DEFAULT_MEMORY, *(2 * size for size in (*whole, *rows)))
-
-
-def _memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[int, int]:
-    """The block size that fits the budget, and the peak memory that it leads to.
-
-    Raises:
-        ResourceError: E0802, the smallest blocks, or a tensor that its method needs whole, do not fit.
-    """
-    per_element, buffer_bytes, counter_bytes = 1, 1, 0
-    whole: list[int] = []
-    for tensor in tensors:
-        if tensor.method is not None and tensor.method.scope == "model":
-            some = len(tensor.inputs) * _COUNTER_BYTES << 20
-            counter_bytes = max(counter_bytes, min(budget // 8, budget if tensor.method.caches() else some))
-        if tensor.is_whole:
-            whole.append(tensor.whole_bytes())
-            if whole[-1] > budget:
-                raise ResourceError(
-                    "E0802",
-                    f"`{tensor.spec.name}` needs {whole[-1] / 1e6:,.0f} MB as a whole; the budget is "
-                    f"{budget / 1e6:,.0f} MB",
-                    places=Place(tensor=tensor.spec.name),
-                    fix="raise --max-memory (in Python max_memory=)",
-                )
-            continue
-        width = max(source.spec.dtype.itemsize for source in tensor.inputs) + tensor.spec.dtype.itemsize + 2
-        if tensor.method is not None:
-            buffers = tensor.method.buffers(len(tensor.inputs)) + (tensor.base is not None)
-            width += buffers * tensor.dtype.itemsize
-            buffer_bytes = max(buffer_bytes, buffers * tensor.dtype.itemsize)
-        per_element = max(per_element, width)
-    fixed = 32_000_000 + 2_000 * len(tensors) + counter_bytes
-    wanted = min(_LARGEST_BLOCK, max(kernels.CHUNK, _power_of_two(_WORKING_SET // buffer_bytes)))
-    block = min(wanted, _power_of_two((budget - fixed) // threads // per_element))
-    if block < kernels.CHUNK:
-        needed = fixed + threads * kernels.CHUNK * per_element
-        raise ResourceError(
-            "E0802",
-            f"the merge needs at least {needed / 1e6:,.0f} MB above the interpreter; the budget is "
-            f"{budget / 1e6:,.0f} MB",
-            fix="raise --max-memory (in Python max_memory=), or use fewer --threads",
-        )
-    largest = max(tensor.spec.numel for tensor in tensors)
-    block = max(kernels.CHUNK, min(block, 2 * _power_of_two(largest)))
-    longest = max([block, *(tensor.step(block) for tensor in tensors if not tensor.is_whole)])
-    if fixed + threads * longest * per_element > budget:
-        raise ResourceError(
-            "E0802",
-            f"a row of {longest:,} elements that the method needs as a whole does not fit {threads} times into the "
-            f"budget of {budget / 1e6:,.0f} MB",
-            fix="raise --max-memory (in Python max_memory=), or use fewer --threads",
-        )
-    workers = min(threads, budget // max(whole)) if whole else 0
-    return block, fixed + max(threads * longest * per_element, sum(sorted(whole)[-workers:] if workers else ()))
-
-
-def _power_of_two(value: int) -> int:
-    """The largest power of two up to `value`; 0 below 1."""
-    return 1 << (value.bit_length() - 1) if value >= 1 else 0
 
 
 def _bytes_read(tensors: Sequence[TensorPlan]) -> int:

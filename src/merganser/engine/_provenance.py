@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -13,13 +14,13 @@ from typing import Any
 from merganser._version import __version__
 from merganser.checkpoint import Checkpoint, FileCheckpoint, describe_file
 from merganser.engine._executor import LocalThreads
-from merganser.engine._key import statistics_of
+from merganser.engine._key import data_files, data_of, statistics_of
 from merganser.engine._lock import canonical_sha256
 from merganser.engine._names import describe_method, public_name, without_paths
 from merganser.engine._plan import Plan
 from merganser.recipe import recipe_data
 
-__all__ = ["digest_files", "input_files", "lock_data", "versions"]
+__all__ = ["describe_data", "digest_files", "input_files", "lock_data", "versions"]
 
 
 def lock_data(plan: Plan, warnings: Iterable[str], seconds: float, *, whole_inputs: bool = False) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def lock_data(plan: Plan, warnings: Iterable[str], seconds: float, *, whole_inpu
         whole_inputs: whether every byte of the inputs is digested, not a sample.
     """
     normalised = _normalised(plan)
-    statistics = statistics_of(plan)
+    statistics, data = statistics_of(plan), data_of(plan)
     return {
         "lock": 1,
         "merganser": __version__,
@@ -42,6 +43,7 @@ def lock_data(plan: Plan, warnings: Iterable[str], seconds: float, *, whole_inpu
         "recipe_sha256": canonical_sha256(normalised),
         "inputs": _inputs(plan, whole_inputs),
         "statistics": [_statistics(source, whole_inputs) for source in statistics],
+        **({"data": [describe_data(source) for source in data]} if data else {}),
         "arithmetic": {
             "compute": sorted({str(t.dtype).removeprefix("torch.") for t in plan.tensors if t.method is not None}),
             "output": plan.dtype_name(),
@@ -98,7 +100,8 @@ def _summary(plan: Plan) -> dict[str, Any]:
 def _normalised(plan: Plan) -> Any:
     """The recipe as data from which it can be made again; models are numbers of inputs. None if it cannot be."""
     try:
-        return recipe_data(plan.recipe, _numbering(plan.references), _numbering(statistics_of(plan)))
+        known = (plan.references, statistics_of(plan), data_of(plan))
+        return recipe_data(plan.recipe, *map(_numbering, known))
     except LookupError:
         return None
 
@@ -177,3 +180,14 @@ def _statistics(source: Any, whole: bool) -> dict[str, Any]:
     if not isinstance(source, str | Path):
         return {"name": "statistics in memory"}
     return {"name": Path(source).name, **describe_file(Path(source), whole=whole)}
+
+
+def describe_data(source: Any) -> dict[str, Any]:
+    """The name of a data file with its size and digest, or those of every file of a saved data set."""
+    if not isinstance(source, str | os.PathLike):
+        return {"name": "batches in memory"}
+    path = Path(source)
+    if not path.is_dir():
+        return {"name": path.name, **describe_file(path)}
+    files = {str(found.relative_to(path)): describe_file(found) for found in data_files(path)}
+    return {"name": path.name, "files": files}

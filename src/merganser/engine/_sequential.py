@@ -5,39 +5,50 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import layer_of
 from merganser.engine._evidence import Evidence, open_evidence
-from merganser.engine._merge import to_memory
-from merganser.engine._plan import make_plan
-from merganser.errors import InputError, NumericError, Place, RecipeError, UsageError
+from merganser.errors import InputError, NumericError, Place
 from merganser.methods import Sequential, Visit
-from merganser.methods.average import Average
-from merganser.recipe import parse_dtype, simple_recipe
+from merganser.methods._matching import figures
 from merganser.statistics import LayerWalk, collect
 
-__all__ = ["merge_sequentially"]
+__all__ = ["ROOM", "Solved", "solve_layers"]
 
-_ROOM = 1 << 30
+ROOM = 1 << 30
 """Bytes for what the layers that are done return for the data, half for the merged model and half for all others."""
 
 
-def merge_sequentially(
-    models: Sequence[Any],
+@dataclass(frozen=True)
+class Solved:
+    """A merged model.
+
+    Attributes:
+        tensors: its tensors, in the type of the models.
+        figures: for every weight that was solved for, how the last solve ended.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    figures: Mapping[str, Mapping[str, Any]]
+
+
+def solve_layers(
+    models: Sequence[torch.nn.Module],
     data: Sequence[Iterable[Any]],
     method: Sequential,
     *,
-    base: Any,
-    weights: Sequence[float] | None = None,
-    statistics: Sequence[Any] | None = None,
-    dtype: str | None = None,
+    base: torch.nn.Module,
+    mean: Mapping[str, torch.Tensor],
+    weights: Sequence[float],
+    evidence: Sequence[Evidence] = (),
     seed: int = 0,
-) -> dict[str, torch.Tensor]:
+    room: int | None = None,
+    on_weight: Callable[[str], None] | None = None,
+) -> Solved:
     """Merge modules by a method that needs the inputs of the merged layers.
 
     Args:
@@ -45,71 +56,43 @@ def merge_sequentially(
         data: for each of them batches of its task (no labels are needed).
         method: how.
         base: the module that they were fine-tuned from; a copy of it becomes the merged model.
+        mean: of the models' tensors, from which the merged model starts; only these are returned.
         weights: one per model.
-        statistics: with K-FAC output factors, one per model, for methods that need them.
-        dtype: of the result; that of the models if None.
+        evidence: K-FAC output factors of every model, for methods that need them; measured if there are none.
         seed: of sampled labels.
+        room: bytes for what the layers that are done return; `ROOM` if None.
+        on_weight: called with the name of every weight that is done.
 
     Raises:
-        UsageError: E0201, something is no module, or not one set of data is given per model.
-        RecipeError: the weights or the method do not fit.
         InputError: the data or the statistics do not fit, or a layer is never reached.
         NumericError: E0601, a solution is not finite.
     """
-    for name, module in (*((f"models[{i}]", model) for i, model in enumerate(models)), ("base", base)):
-        if not isinstance(module, torch.nn.Module):
-            raise UsageError(
-                "E0201",
-                f"`{method.name}` runs the models, so it needs modules; {name} is of type {type(module).__name__}",
-                places=Place(key=name),
-                fix="load it, for example with transformers' from_pretrained",
-            )
-    if isinstance(data, str | bytes | os.PathLike | Mapping) or len(data) != len(models):
-        raise UsageError(
-            "E0201",
-            f"`data` is a list with the batches of every model's task: {len(models)} are needed",
-            places=Place(key="data"),
-        )
-    if statistics is not None and not method.curved:
-        raise RecipeError("E0305", f"`{method.name}` does not use statistics", places=Place(key="statistics"))
-    if statistics is not None and len(statistics) != len(models):
-        raise RecipeError(
-            "E0308",
-            f"{len(statistics)} statistics are given for {len(models)} models",
-            places=Place(key="statistics"),
-        )
-    kind = parse_dtype(dtype)
-    own = tuple(weights) if weights is not None else (1.0,) * len(models)
-    method.check(len(models), own)
-    mean = to_memory(make_plan(simple_recipe(models, base=base, method=Average(), weights=own, seed=seed)))
     merged = copy.deepcopy(base)
     merged.load_state_dict(mean, strict=False)
-    run = _Run(merged, models, data, method, own, seed)
-    evidence = None if statistics is None else [open_evidence(s, f"statistics[{i}]") for i, s in enumerate(statistics)]
+    run = _Run(merged, models, data, method, weights, seed, ROOM if room is None else room, on_weight)
     run.sweep(evidence or run.measured(models) if method.curved else ())
     for _ in range(method.sweeps - 1):
         run.sweep(run.measured([merged] * len(models)) if method.curved else ())
-    return _result(mean, merged, base, run.changed, method.scale, kind)
+    return Solved(_scaled(mean, merged, base, run.changed, method.scale), run.figures)
 
 
-def _result(
+def _scaled(
     mean: Mapping[str, torch.Tensor],
     merged: torch.nn.Module,
     base: torch.nn.Module,
     changed: set[str],
     scale: float,
-    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """The merged state dict: ``W_0 + scale (W - W_0)``; integers as they are."""
     solved, start = merged.state_dict(), base.state_dict()
     found = {}
     for name, value in mean.items():
-        tensor = solved[name] if name in changed else value
+        tensor = solved[name].detach() if name in changed else value
         if scale != 1 and tensor.is_floating_point():
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = torch.lerp(start[name].to(wide), tensor.to(wide), scale).to(tensor.dtype)
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        found[name] = tensor.detach().to(kind, copy=True)
+            first = start[name].to(tensor.device, wide)
+            tensor = torch.lerp(first, tensor.to(wide), scale).to(tensor.dtype)
+        found[name] = tensor
     return found
 
 
@@ -118,6 +101,7 @@ class _Run:
 
     Attributes:
         changed: the names of the parameters that were solved for.
+        figures: how the last solve for each weight ended.
     """
 
     def __init__(
@@ -128,14 +112,18 @@ class _Run:
         method: Sequential,
         weights: Sequence[float],
         seed: int,
+        room: int,
+        on_weight: Callable[[str], None] | None,
     ) -> None:
         self._merged = merged
         self._models = models
         self._method = method
         self._weights = weights
         self._seed = seed
-        self._walk = LayerWalk(merged, _ROOM // 2)
-        self._walks = [LayerWalk(model, _ROOM // (2 * len(models))) for model in models]
+        self._on_weight = on_weight or (lambda name: None)
+        self._device = next((p.device for p in merged.parameters()), torch.device("cpu"))
+        self._walk = LayerWalk(merged, room // 2)
+        self._walks = [LayerWalk(model, room // (2 * len(models))) for model in models]
         self._data = [walk.batches(batches) for walk, batches in zip(self._walks, data, strict=True)]
         for walk in (self._walk, *self._walks):
             walk.explore(self._data[0][0])
@@ -146,6 +134,7 @@ class _Run:
                 "E0419", "the data reach no linear layer of the model", fix="merge it by a method that needs no data"
             )
         self.changed: set[str] = set()
+        self.figures: dict[str, Mapping[str, Any]] = {}
 
     def measured(self, models: Sequence[torch.nn.Module]) -> list[Evidence]:
         """K-FAC factors of models on the data, with labels sampled from them."""
@@ -191,11 +180,14 @@ class _Run:
                         places=Place(tensor=name),
                         why=solution.advice,
                     )
+                self.figures[name] = figures(solution)
                 matrix, bias = (solution.x[:, :-1], solution.x[:, -1]) if self._biased(name) else (solution.x, None)
                 self._walk.put(name, matrix, bias)
                 self.changed.update(self._walk.tensors(name, bias=bias is not None))
             for walk in walks:
                 walk.settle(members)
+            for name in members:
+                self._on_weight(name)
 
     def _common(self) -> Iterator[str]:
         """The weights of the first layers, as far as all models have the same: their inputs agree, and they stay."""
@@ -244,7 +236,7 @@ class _Run:
                 self._weights,
                 [found[name].gram / found[name].tokens for found in moments],
                 [found[name].drift / found[name].tokens for found in moments] if self._method.follows else (),
-                [found.read("output_gram", name).to(self._walk.dtype) for found in evidence],
+                [found.read("output_gram", name).to(self._device, self._walk.dtype) for found in evidence],
             )
             for name in names
         }

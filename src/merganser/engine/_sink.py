@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.methods import BlockKey
 
-__all__ = ["Completion", "Finished", "Sink"]
+__all__ = ["Completion", "Finished", "MemorySink", "Sink"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,35 @@ class Sink(Protocol):
     def finished(self, name: str) -> Finished | None:
         """What was said of a tensor that an earlier run finished; None if it is to be merged."""
         ...
+
+
+class MemorySink:
+    """Collects tensors in memory.
+
+    Args:
+        specs: the tensors.
+        outputs: how many sets of them.
+
+    Attributes:
+        outputs: the sets.
+    """
+
+    def __init__(self, specs: Sequence[BlockSpec], outputs: int = 1) -> None:
+        self.outputs = [
+            {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs} for _ in range(outputs)
+        ]
+
+    def write(self, name: str, start: int, piece: torch.Tensor, output: int | None = None) -> None:
+        """Take consecutive elements."""
+        for tensors in self.outputs if output is None else (self.outputs[output],):
+            tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
+
+    def finish(self, name: str, finished: Finished) -> None:
+        """Nothing is to be done."""
+
+    def finished(self, name: str) -> Finished | None:
+        """Nothing is there from an earlier run."""
+        return None
 
 
 class Completion:

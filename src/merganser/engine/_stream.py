@@ -102,6 +102,7 @@ class Stream:
         progress: Callable[[int, str], None] | None = None,
     ) -> None:
         self.reader = Reader(device, check_finite, progress)
+        self.progress = progress or (lambda count, name: None)
         self.counters = counters
         self._budget = budget
         self.executor = executor

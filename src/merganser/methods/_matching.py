@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role
@@ -13,6 +14,7 @@ from merganser.solvers import Solution
 __all__ = [
     "as_matrix",
     "check_sign",
+    "figures",
     "from_matrix",
     "matrix_elements",
     "mean_model",
@@ -161,17 +163,22 @@ def rescaled(block: Block, merged: torch.Tensor, scale: float) -> torch.Tensor:
 
 def report(block: Block, solution: Solution) -> None:
     """Record how a block's solve ended."""
-    block.report(
-        status=solution.status.value,
-        iterations=solution.iterations,
-        residual=solution.residual,
-        smallest=solution.smallest,
-        largest=solution.largest,
-        ridge=solution.ridge,
-        history=[float(f"{value:.4g}") for value in solution.history],
-        objective=[float(f"{value:.4g}") for value in solution.objective],
-        seconds=round(solution.seconds, 4),
-    )
+    block.report(**figures(solution))
+
+
+def figures(solution: Solution) -> dict[str, Any]:
+    """How a solve ended, as plain data."""
+    return {
+        "status": solution.status.value,
+        "iterations": solution.iterations,
+        "residual": solution.residual,
+        "smallest": solution.smallest,
+        "largest": solution.largest,
+        "ridge": solution.ridge,
+        "history": [float(f"{value:.4g}") for value in solution.history],
+        "objective": [float(f"{value:.4g}") for value in solution.objective],
+        "seconds": round(solution.seconds, 4),
+    }
 
 
 def matrix_elements(spec: BlockSpec, models: int, *, outputs: bool) -> int:

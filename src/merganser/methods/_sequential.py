@@ -86,7 +86,7 @@ class Visit:
 
 
 class Sequential(Method):
-    """A method that needs the models as modules, and data of every task: ``merge(modules, base=module, data=...)``.
+    """A method that runs the models on data of every task: ``merge(models, base=base, data=...)``, paths or modules.
 
     Attributes:
         by: what is merged at a time: one weight, or all weights of a numbered layer, whose inputs are then measured

@@ -33,8 +33,9 @@ class OutputMatching(Sequential, name="output_matching"):
         title="Match the outputs of every layer on the inputs that the merged layers before produce",
         equation="W = (sum_i w_i (W_i E[e h'] + r W_i)) (sum_i w_i (E[h h'] + r))^-1",
         source="this project; related: RegMean++, 2025, arXiv:2508.03121",
-        helps="Unlabelled inputs of every task are at hand, and the models as modules: ahead of RegMean and RegMean++.",
+        helps="Unlabelled inputs of every task and memory for all models are at hand: ahead of RegMean and RegMean++.",
         hurts="Models that are larger than memory; few inputs without a ridge.",
+        passes=2,
         work=4,
     )
     follows = True

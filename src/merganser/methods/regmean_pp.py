@@ -33,8 +33,9 @@ class RegMeanPP(Sequential, name="regmean_pp"):
         title="RegMean on the inputs that the merged layers before produce",
         equation="W = (sum_i w_i W_i A_i) (sum_i w_i A_i)^-1,  A_i = E[h h'], h behind the merged layers",
         source="RegMean++, 2025, arXiv:2508.03121",
-        helps="Unlabelled inputs of every task are at hand, and the models as modules.",
+        helps="Unlabelled inputs of every task and memory for all models are at hand.",
         hurts="Models that are larger than memory: every layer takes passes over the data.",
+        passes=2,
         work=4,
     )
 

@@ -38,8 +38,9 @@ class SequentialMaTS(Sequential, name="sequential_mats"):
         title="MaTS layer by layer, its metric measured at the merged model",
         equation="sum_i w_i G_i W A_i = sum_i w_i G_i W_i E[e h'],  A_i = E[h h']",
         source="this project, on Tam, Bansal, Raffel, 2024, arXiv:2312.04339",
-        helps="Inputs of every task are at hand, and the models as modules with their heads.",
+        helps="Inputs of every task and memory for all models with their heads are at hand.",
         hurts="Models that are larger than memory.",
+        passes=2,
         work=60,
     )
     follows = True

@@ -18,13 +18,14 @@ Number = Callable[[Any], int]
 Find = Callable[[int], Any]
 
 
-def recipe_data(recipe: Recipe, model: Number, statistics: Number) -> dict[str, Any]:
-    """A recipe as data that JSON can hold. Models and statistics become numbers, so that no path is in it.
+def recipe_data(recipe: Recipe, model: Number, statistics: Number, data: Number) -> dict[str, Any]:
+    """A recipe as data that JSON can hold. Models, statistics and data of tasks become numbers: no path is in it.
 
     Args:
         recipe: the recipe.
         model: the number of a model reference.
         statistics: the number of a statistics reference.
+        data: the number of the data of a task.
 
     Raises:
         LookupError: the recipe holds something that is no data, such as an object of the caller's.
@@ -46,6 +47,7 @@ def recipe_data(recipe: Recipe, model: Number, statistics: Number) -> dict[str, 
                         "layers": None if source.layers is None else list(source.layers),
                         "parameters": writer.parameters(source.parameters, recipe.method),
                         "statistics": None if source.statistics is None else statistics(source.statistics),
+                        **({} if source.data is None else {"data": data(source.data)}),
                     }
                     for source in part.sources
                 ],
@@ -75,13 +77,14 @@ def recipe_data(recipe: Recipe, model: Number, statistics: Number) -> dict[str, 
     }
 
 
-def recipe_from(data: Mapping[str, Any], model: Find, statistics: Find) -> Recipe:
+def recipe_from(data: Mapping[str, Any], model: Find, statistics: Find, tasks: Find) -> Recipe:
     """The recipe of such data.
 
     Args:
         data: what `recipe_data` returned.
         model: the model of a number.
         statistics: the statistics of a number.
+        tasks: the data of a number.
 
     Raises:
         RecipeError: an unknown method or option, in a lock of another version.
@@ -100,6 +103,7 @@ def recipe_from(data: Mapping[str, Any], model: Find, statistics: Find) -> Recip
                     None if source["layers"] is None else (int(source["layers"][0]), int(source["layers"][1])),
                     reader.parameters(source["parameters"]),
                     None if source["statistics"] is None else statistics(source["statistics"]),
+                    tasks(source["data"]) if "data" in source else None,
                 )
                 for source in part["sources"]
             ),

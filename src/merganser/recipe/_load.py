@@ -84,6 +84,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
                 None,
                 settings(entry.parameters, "models", i),
                 entry.statistics,
+                entry.data,
             )
             for i, entry in enumerate(parsed.models)
         )
@@ -99,6 +100,7 @@ def build_recipe(document: Document, text: str | None = None) -> Recipe:
                         source.layer_range,
                         settings(source.parameters, "slices", i, "sources", j),
                         source.statistics,
+                        source.data,
                     )
                     for j, source in enumerate(part.sources)
                 ),

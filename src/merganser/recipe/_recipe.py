@@ -19,12 +19,13 @@ __all__ = ["Recipe", "Rule", "Slice", "Source", "filters_of", "same_model", "sim
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a slice, the range of its layers (None: all), its own settings, and its statistics (a file)."""
+    """A model of a slice, the range of its layers (None: all), its own settings, its statistics and data (files)."""
 
     model: Any
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
     statistics: Any = None
+    data: Any = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ def simple_recipe(
     method: str | Method,
     weights: Sequence[float] | None = None,
     statistics: Sequence[Any] | None = None,
+    data: Sequence[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> Recipe:
@@ -270,6 +272,13 @@ def simple_recipe(
         rest["base_statistics"], statistics = statistics[0], statistics[1:]
     if statistics is not None and len(statistics) != len(models):
         raise RecipeError("E0308", f"{len(statistics)} statistics are given for {len(models)} models")
+    if data is not None and len(data) != len(models):
+        raise RecipeError(
+            "E0308",
+            f"{len(models)} models need the data of as many tasks; those of {len(data)} are given",
+            places=Place(key="data"),
+            fix="give the data of every model's task, in the order of the models",
+        )
     if isinstance(method, str):
         create_method(method, options or {})
     elif options:
@@ -279,6 +288,7 @@ def simple_recipe(
             model,
             parameters=constant({"weight": weights[i]}) if weights is not None else {},
             statistics=None if statistics is None else statistics[i],
+            data=None if data is None else data[i],
         )
         for i, model in enumerate(models)
     )

@@ -21,6 +21,7 @@ class ModelEntry(_Strict):
     model: ModelName = Field(description="Folder, safetensors file, or id in the local Hugging Face cache.")
     parameters: dict[str, Any] = Field(default={}, description="Settings of this model: weight, density, ...")
     statistics: StrictStr | None = Field(default=None, description="Statistics file of this model.")
+    data: StrictStr | None = Field(default=None, description="Data file of its task, for a merge layer by layer.")
 
 
 class SourceEntry(ModelEntry):

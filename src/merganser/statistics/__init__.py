@@ -5,6 +5,8 @@ from merganser.statistics._file import merge_files
 from merganser.statistics._fingerprint import checkpoint_digest, tensor_digest
 from merganser.statistics._losses import ESTIMATORS
 from merganser.statistics._memory import MemoryPlan
+from merganser.statistics._models import ModelFolder, open_model
+from merganser.statistics._runnable import TaskData, load_runnable, open_task
 from merganser.statistics._settings import KINDS
 from merganser.statistics._statistics import TABLES, Statistics, check_weights
 from merganser.statistics._walk import LayerWalk
@@ -15,11 +17,16 @@ __all__ = [
     "TABLES",
     "LayerWalk",
     "MemoryPlan",
+    "ModelFolder",
     "Statistics",
+    "TaskData",
     "check_weights",
     "checkpoint_digest",
     "collect",
+    "load_runnable",
     "merge_files",
+    "open_model",
+    "open_task",
     "prepare",
     "tensor_digest",
 ]

@@ -11,14 +11,15 @@ from merganser._torch import torch
 from merganser.checkpoint import open_checkpoint
 from merganser.errors import InputError, Place, UsageError
 from merganser.statistics._adapters import saved_name
-from merganser.statistics._batching import FileBatches, open_data, padding
+from merganser.statistics._batching import FileBatches, open_data
 from merganser.statistics._collect import Collection
 from merganser.statistics._file import check_out
 from merganser.statistics._fingerprint import checkpoint_digest, combine_digests
 from merganser.statistics._layout import parameter_names
 from merganser.statistics._losses import Loss
 from merganser.statistics._memory import MemoryPlan
-from merganser.statistics._models import ModelFolder, load_model, open_model, skeleton
+from merganser.statistics._models import open_model, skeleton
+from merganser.statistics._runnable import BATCH_SIZE, MAX_LENGTH, load_runnable, parse_float
 from merganser.statistics._settings import Settings, parse_kinds
 from merganser.statistics._squisher import squisher
 from merganser.statistics._statistics import INPUT_KINDS, Statistics
@@ -39,7 +40,7 @@ def collect(
     accumulate: str | None = None,
     share_inputs: bool = True,
     batch_size: float | None = None,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     examples: int | None = None,
     shard: tuple[int, int] = (1, 1),
     dtype: str = "float32",
@@ -157,7 +158,7 @@ def prepare(
     accumulate: str | None = None,
     share_inputs: bool = True,
     batch_size: float | None = None,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     examples: int | None = None,
     shard: tuple[int, int] = (1, 1),
     dtype: str = "float32",
@@ -191,38 +192,17 @@ def prepare(
     if is_file:
         gold = estimator in ("empirical", "gold")
         records = open_data(os.fspath(data), folder, labelled=needs_loss and gold and folder.task == "classification")
-        count = 16 if batch_size is None else int(batch_size)
+        count = BATCH_SIZE if batch_size is None else int(batch_size)
         if count < 1 or max_length < 2 or (examples is not None and examples < 1):
             raise UsageError("E0201", "batch_size and examples are at least 1, max_length at least 2")
         batches = FileBatches(records, folder, batch_size=count, max_length=max_length, examples=examples, shard=shard)
-    loaded, missing = _load(folder, dtype, device, needs_loss=needs_loss)
+    loaded, missing = load_runnable(folder, parse_float(dtype), device, complete=needs_loss)
     exclude = frozenset(missing)
     return Collection(
         loaded,
         batches,
         Settings(tables, estimator, loss or folder.task, seed, samples, patterns, accumulate, share_inputs, exclude),
     )
-
-
-def _load(
-    folder: ModelFolder, dtype: str, device: str | None, *, needs_loss: bool
-) -> tuple[torch.nn.Module, frozenset[str]]:
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise UsageError("E0201", f"`{dtype}` is no type of weights; write float32, bfloat16, float16 or float64")
-    loaded, missing = load_model(folder, dtype=kind, device=device or "cpu")
-    if missing and needs_loss:
-        raise InputError(
-            "E0405",
-            f"{len(missing)} weights of the model are in none of its files",
-            places=Place(file=str(folder.path), tensor=sorted(missing)[0]),
-            why="transformers would fill them with random numbers",
-            fix="name the fine-tuned model with its head, or collect the kind `gram`",
-        )
-    config: Any = loaded.config
-    if folder.task == "classification" and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = padding(folder.config)  # by which decoders find the last token
-    return loaded, missing
 
 
 def _squisher(model: Any, optimizer: Any, batch_size: float | None, names: Sequence[str] | None) -> Statistics:

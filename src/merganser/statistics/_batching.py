@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from merganser.errors import InputError, Place, UsageError
@@ -22,8 +23,10 @@ def open_data(path: str, folder: ModelFolder, *, labelled: bool) -> Records:
         labelled: whether the labels of classification are used.
 
     Raises:
-        InputError: E0414 to E0417, with the line.
+        InputError: E0401, there is no such file; E0414 to E0417, with the line.
     """
+    if not Path(path).exists():
+        raise InputError("E0401", "the file does not exist", places=Place(file=path), fix="correct its path")
     needs = Needs(labels=folder.labels if labelled else None, target=folder.task == "seq2seq")
     records = Records(path, needs, plain=folder.task in ("causal_lm", None))
     records.scan()

@@ -67,9 +67,9 @@ def open_model(path: str) -> ModelFolder:
     if folder is None or config is None:
         raise InputError(
             "E0409",
-            "statistics need the whole model: a folder with config.json, weights and tokenizer",
+            "a model that runs is a folder with config.json, weights and tokenizer",
             places=Place(file=path),
-            fix="name the model's folder, or pass a module to merganser.collect",
+            fix="name the model's folder, or load it in Python and pass the module",
         )
     place = Place(file=str(folder / "config.json"), key="architectures")
     names = config.get("architectures")
@@ -80,7 +80,7 @@ def open_model(path: str) -> ModelFolder:
             "E0503",
             "the model needs code from its folder, which is never run",
             places=Place(file=str(folder / "config.json"), key="auto_map"),
-            fix="load it yourself where you trust its author, and pass the module to merganser.collect",
+            fix="load it yourself in Python where you trust its author, and pass the module",
         )
     form = next(((loader, task) for suffix, loader, task in _FORMS if names[0].endswith(suffix)), None)
     if form is None:
@@ -88,7 +88,7 @@ def open_model(path: str) -> ModelFolder:
             "E0419",
             f"models of the architecture {names[0]} are not loaded by name",
             places=place,
-            fix="load it yourself and pass the module to merganser.collect",
+            fix="load it yourself in Python and pass the module",
         )
     loader, task = form
     return ModelFolder(folder, config, loader, task, _labels(config) if task == "classification" else None)
@@ -117,7 +117,7 @@ def transformers() -> Any:
             "E0704",
             "loading a model folder needs the package transformers",
             why=str(error),
-            fix="pip install 'merganser[hf]', or pass a module to merganser.collect",
+            fix="pip install 'merganser[hf]', or pass a module in Python",
         ) from None
 
 
@@ -158,7 +158,7 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple
             "transformers cannot load the model: configuration and weights do not fit together",
             places=Place(file=str(folder.path / "config.json")),
             why=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            fix="download the model again, or load it yourself and pass the module to merganser.collect",
+            fix="download the model again, or load it yourself in Python and pass the module",
         ) from None
     missing = frozenset(str(name) for name in info["missing_keys"])
     return model.to(device=device, dtype=dtype), missing
