@@ -277,6 +277,38 @@ def test_weights_that_no_file_holds_are_not_made_up(cli: Cli, here: Path) -> Non
     assert not Path("out").exists()
 
 
+def test_a_bare_encoder_needs_no_pooler_and_takes_the_tokenizer_of_the_base(
+    cli: Cli, stock: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stock / "encoder", tmp_path / "work")
+    folder = tmp_path / "work"
+    for name in ("base", "a", "b"):
+        file = folder / name / "model.safetensors"
+        save_file({n: t for n, t in load_file(file).items() if not n.startswith("pooler.")}, file)
+    for path in (path for name in "ab" for path in (folder / name).iterdir()):
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    named = [folder / "a", folder / "b", "--data", folder / "a.jsonl", "--data", folder / "b.jsonl", "-j", "1"]
+    cli("merge", "-m", "output_matching", "-b", folder / "base", *named, "-o", tmp_path / "out").succeeded()
+    named[:2] = [stock / "encoder" / "a", stock / "encoder" / "b"]
+    cli("merge", "-m", "output_matching", "-b", stock / "encoder/base", *named, "-o", tmp_path / "whole").succeeded()
+    found, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert found.keys() == {name for name in whole if not name.startswith("pooler.")}
+    assert_holds(found, whole)
+
+
+def test_the_progress_ends_where_the_plan_says(here: Path) -> None:
+    from merganser.engine import execute, make_plan
+    from merganser.engine._merge import _MemorySink
+    from merganser.recipe import simple_recipe
+
+    recipe = simple_recipe(["a", "b"], base="base", method="regmean_pp", data=["a.jsonl", "b.jsonl"])
+    plan = make_plan(recipe, max_memory=None)
+    seen: list[int] = []
+    execute(plan, _MemorySink(plan), progress=lambda count, _: seen.append(count))
+    assert sum(seen) == pytest.approx(plan.bytes_read, rel=1e-3)
+
+
 def test_data_that_change_meanwhile_are_refused(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*args: Any, **options: Any) -> Any:
         write_lines(here / "a.jsonl", [{"text": "bad"}])

@@ -96,9 +96,9 @@ CLAIMS = {
         "probabilities, 86.5 with labels drawn once, 86.3 with the given ones, of the experts' 90.4",
         _FAMILY,
         (
-            ("| exact | 84.9 | 87.2 | 87.7 |",),
-            ("| sampled | 83.0 | 86.2 | 86.5 |",),
-            ("| gold | 82.8 | 86.3 | 86.3 |",),
+            ("| exact | 0.1 | 84.9 | 87.2 | 87.7 |",),
+            ("| sampled | 0.1 | 83.0 | 86.2 | 86.5 |",),
+            ("| gold | 0.1 | 82.8 | 86.3 | 86.3 |",),
             ("| individual experts |", "90.4"),
         ),
     ),

@@ -62,9 +62,12 @@ def solve_folders(plan: Plan, tensors: Mapping[str, TensorPlan], stream: Stream)
     dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors.values()) else torch.float32
     device = stream.reader.device
 
-    def done(name: str) -> None:
-        if name in tensors:
-            stream.progress(sum(i.spec.nbytes for i in tensors[name].inputs) // method.sweeps, name)
+    def done(name: str, share: float = 1.0) -> None:
+        """What the plan expects of a tensor, beside what is read for the average and when the result is copied."""
+        if (tensor := tensors.get(name)) is not None:
+            models = sum(source.spec.nbytes for source in tensor.inputs)
+            based = 0 if tensor.base is None else tensor.base.spec.nbytes
+            stream.progress(round((models + based) * share), name)
 
     base = _load(tensors, open_model(os.fspath(plan.recipe.base)), dtype, device)
     solved = solve_layers(
@@ -77,8 +80,10 @@ def solve_folders(plan: Plan, tensors: Mapping[str, TensorPlan], stream: Stream)
         evidence=_evidence(tensors),
         seed=plan.recipe.seed,
         room=min(ROOM, plan.max_memory - plan.peak_memory),
-        on_weight=done,
+        on_weight=lambda name: done(name, 1 / method.sweeps),
     )
+    for name in tensors.keys() - solved.figures.keys():
+        done(name)
     changed = next((path for path, stamp in _stamps(plan).items() if stamps.get(path) != stamp), None)
     if changed is not None:
         raise InputError("E0412", "the data changed while they were used", places=Place(file=str(changed)))

@@ -15,7 +15,7 @@ from merganser.checkpoint import open_checkpoint, read_json
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError
 from merganser.statistics._records import Labels
 
-__all__ = ["ModelFolder", "build_model", "load_model", "open_model", "skeleton", "transformers"]
+__all__ = ["ModelFolder", "build_model", "has_vocabulary", "load_model", "open_model", "skeleton", "transformers"]
 
 # the suffix of an architecture, the class that loads it, and its task; None: no loss that is known here
 _FORMS: tuple[tuple[str, str, str | None], ...] = (
@@ -197,7 +197,7 @@ def load_tokenizer(folder: ModelFolder) -> Any:
     """
     package = transformers()
     try:
-        if not _has_vocabulary(folder.path):
+        if not has_vocabulary(folder.path):
             raise ValueError("no vocabulary")
         with _silent(package):
             return package.AutoTokenizer.from_pretrained(
@@ -217,7 +217,7 @@ _VOCABULARY = ("tokenizer.json", "tekken.json", "bpe.codes")
 _BYTES = ("ByT5", "Canine", "Perceiver")
 
 
-def _has_vocabulary(folder: Path) -> bool:
+def has_vocabulary(folder: Path) -> bool:
     """Whether there are words to look up; without them transformers would build an empty tokenizer."""
     names = os.listdir(folder)
     if any(n in _VOCABULARY or n.startswith(("vocab.", "merges.")) or n.endswith((".model", ".spm")) for n in names):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
 from merganser.errors import InputError, Place, UsageError
 from merganser.statistics._batching import FileBatches, open_data, padding
-from merganser.statistics._models import ModelFolder, load_model, open_model
+from merganser.statistics._models import ModelFolder, has_vocabulary, load_model, open_model
 from merganser.statistics._records import Records
 
 __all__ = ["BATCH_SIZE", "MAX_LENGTH", "TaskData", "load_runnable", "open_task", "parse_float"]
@@ -30,30 +31,36 @@ class TaskData:
         folder: the model.
         given: batches, if they are no file.
         records: the examples of a file, checked.
+        spare: a folder with the tokenizer, where the model's has none.
     """
 
     folder: ModelFolder
     given: Any
     records: Records | None
+    spare: Path | None = None
 
     def batches(self) -> tuple[list[Any], tuple[str, ...]]:
         """All batches, and what there is to say of them."""
         if self.records is None:
             return list(self.given), ()
+        folder = self.folder
+        if self.spare is not None and not has_vocabulary(folder.path):
+            folder = replace(folder, path=self.spare)
         found = FileBatches(
-            self.records, self.folder, batch_size=BATCH_SIZE, max_length=MAX_LENGTH, examples=None, shard=(1, 1)
+            self.records, folder, batch_size=BATCH_SIZE, max_length=MAX_LENGTH, examples=None, shard=(1, 1)
         )
         batches = list(found.batches())
         cut = f"{self.records.path.name}: {found.truncated} examples were cut to {found.max_length} tokens"
         return batches, (cut,) if found.truncated else ()
 
 
-def open_task(path: str, data: Any) -> TaskData:
+def open_task(path: str, data: Any, spare: Path | None = None) -> TaskData:
     """Check a model folder and the data of its task; no weight is loaded.
 
     Args:
         path: the folder.
         data: an iterable of batches, or the path of a file or a data set, as for `collect`.
+        spare: a folder whose tokenizer encodes texts where the model's folder has none.
 
     Raises:
         InputError: the folder or the file are not fit for this, see `open_model` and `open_data`.
@@ -61,7 +68,7 @@ def open_task(path: str, data: Any) -> TaskData:
     """
     folder = open_model(path)
     if isinstance(data, str | os.PathLike):
-        return TaskData(folder, None, open_data(os.fspath(data), folder, labelled=False))
+        return TaskData(folder, None, open_data(os.fspath(data), folder, labelled=False), spare)
     if not isinstance(data, Iterable) or isinstance(data, bytes | dict):
         raise UsageError(
             "E0201",
@@ -98,6 +105,9 @@ def load_runnable(
         InputError: E0405, a weight is missing; E0409, transformers cannot load it.
     """
     loaded, missing = load_model(folder, dtype=dtype, device=device or "cpu")
+    if complete and folder.task is None and missing and all(name.startswith("pooler.") for name in missing):
+        setattr(loaded, "pooler", None)  # noqa: B010 - of an encoder without a head, which nothing reads
+        missing = frozenset()
     if missing and complete:
         raise InputError(
             "E0405",
