@@ -21,7 +21,9 @@ Batches = Sequence[Mapping[str, torch.Tensor]]
 def distilled(
     encoder: Any, experts: Sequence[Expert], inputs: Sequence[Batches], steps: Sequence[int], seed: int = 0
 ) -> Iterator[tuple[int, float]]:
-    """Adam on the divergence of the expert's answers from the encoder's, behind the expert's head; a task per step.
+    """Adam on the divergence of the expert's answers from the encoder's, behind the expert's head.
+
+    Every step takes a batch of one task. There is no dropout.
 
     Args:
         encoder: where to start; it is changed.
@@ -43,11 +45,11 @@ def distilled(
             answers = [teacher(**batch).log_softmax(1) for batch in batches]
         pairs += [(task, batch, answer.clone()) for batch, answer in zip(batches, answers, strict=True)]
     optimizer = torch.optim.Adam(encoder.parameters(), lr=RATE, fused=True)
+    encoder.eval()
     seconds, done = 0.0, 0
     order: list[int] = []
     for stop in steps:
         began = time.perf_counter()
-        encoder.train()
         while done < stop:
             if not order:
                 order = random_.sample(range(len(pairs)), len(pairs))

@@ -16,8 +16,8 @@ from examples.demo.experts import Expert
 from examples.demo.store import key, read_json, weights_digest, write_json
 from torch import Tensor
 
+from benchmarks.text_family import distillation
 from benchmarks.text_family.data import Split, Task, digest
-from benchmarks.text_family.distillation import distilled
 from benchmarks.text_family.family import Say, padded, source_digest
 from benchmarks.text_family.rows import Row, merged
 
@@ -94,13 +94,14 @@ class Bench:
 
     def distilled(self, row: Row, steps: Sequence[int]) -> list[Result]:
         """The encoder after steps of distillation from a row's merge, or from the cache; the seconds are without it."""
-        made_with = key(repr(row), list(steps), self._judges("test"), [task.statistics.ids for task in self.tasks])
+        how = Path(distillation.__file__).read_bytes()
+        made_with = key(repr(row), list(steps), how, self._judges("test"), [task.statistics.ids for task in self.tasks])
         place = self.cache / "distilled" / f"{made_with}.json"
         kept = read_json(place)
         if kept is None:
             encoder, kept = load_encoder(self.base), []
             encoder.load_state_dict(next(self._merges(row))[1])
-            for count, seconds in distilled(encoder, self.experts, self._inputs(), steps):
+            for count, seconds in distillation.distilled(encoder, self.experts, self._inputs(), steps):
                 label = f"Adam distillation from {row.label}, {count} steps"
                 outcomes = self.evaluate(encoder.state_dict())
                 kept.append({"label": label, "outcomes": outcomes, "seconds": seconds})

@@ -140,7 +140,7 @@ def test_broken_blocks_do_not_disturb_others() -> None:
     statuses = [solution.status for solution in solutions]
     assert statuses == [Status.CONVERGED, *[Status.BREAKDOWN] * 4, Status.CONVERGED]
     alone = CG(30).solve(operator[0], b[0], x0=x0[0])
-    assert relative(solutions[0].x, alone.x) < 1e-6
+    assert relative(solutions[0].x, alone.x) < 1e-5  # float32: products of a stack and of one block may round apart
     assert all(bool(solution.x.isfinite().all()) for solution in solutions)
     for index in (2, 3, 4, 5):
         assert torch.equal(solutions[index].x, x0[index])
