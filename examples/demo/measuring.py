@@ -17,8 +17,8 @@ from examples.demo.store import key
 from examples.demo.tasks import Task
 
 KINDS = ("kfac", "fisher")
-ESTIMATOR = "exact"
-"""All labels, with the expert's own probabilities: the methods see inputs, and no label of the task."""
+ESTIMATOR = "sampled"
+"""Labels are drawn from the expert itself: the methods see inputs, and no label of the task."""
 
 _PREFIX = "encoder."
 
