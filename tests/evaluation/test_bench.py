@@ -349,6 +349,9 @@ def test_random_subsets_are_different_ones() -> None:
     assert len(set(subsets(20, 9, 6))) == 6
 
 
+LAYER_BY_LAYER = ("regmean_pp", "output_matching", "sequential_mats")
+
+
 def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> None:
     write_decoder(tmp_path / "base")
     for number, name in enumerate(("a", "b", "c")):
@@ -362,7 +365,7 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
         "splits": {"test": 6, "validation": 4, "statistics": 5},
         "training": {"steps": 12, "batch": 4, "rate": 1e-2, "only": ["model.layers.1.*"]},
         "merge": {"only": ["model.layers.1.*"]},
-        "methods": [{"method": "average"}, {"method": "regmean"}],
+        "methods": [{"method": name} for name in ("average", "regmean", "ubgm", *LAYER_BY_LAYER)],
         "baseline_training": {"distillation_steps": 3},
     }
     found = mg.bench(suite, tmp_path / "out", data=tmp_path)
@@ -376,6 +379,7 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
     lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
     assert ensemble_of(lab, [make_expert(lab, "a", 0)] * 2)["a"].value == pytest.approx(own, rel=1e-6)
     assert rows["regmean"]["held_out"]["normalised"] is None
+    assert all(rows[name]["scores"]["a"]["value"] > rows["base"]["scores"]["a"]["value"] for name in LAYER_BY_LAYER)
     expert = next((tmp_path / "out" / "cache" / "experts").glob("a-*")) / "model"
     base, tuned = (mg.open_checkpoint(str(p)) for p in (tmp_path / "base", expert))
     changed = {n for n in base.specs() if not torch.equal(base.read(n), tuned.read(n))}
