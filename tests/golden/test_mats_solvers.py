@@ -116,17 +116,18 @@ def test_identity(golden: Golden, name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "median", "worst"),
     [
-        ("regmean", 1e-6, 5e-5),
+        ("regmean", 1e-6, 1e-4),
         ("kfac", 1e-4, 4e-2),
         ("diag", 1e-6, 1e-5),
         ("ia3_full", 1e-5, 1e-3),
-        ("ia3_low", 1e-5, 1e-2),
+        ("ia3_low", 1e-5, 4e-2),
     ],
 )
 def test_single_precision(golden: Golden, kind: str, median: float, worst: float) -> None:
     """Rounding grows along the path: in float32 the authors' iterates are up to 6e-2 from their own in float64.
 
-    So the iterates of two correct float32 solvers are compared by their median, and each by the objective.
+    So the iterates of two correct float32 solvers, whose last bits are those of the processor's matrix products, are
+    compared by their median, and each by the objective.
     """
     data, gaps = golden(FILE), []
     for name, factor, init, key in single_cases(kind):
