@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -22,6 +23,16 @@ HIDDEN, VOCABULARY = 8, 12
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
+
+
+def tuned(base: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """A copy of a module with noise on every weight."""
+    model = copy.deepcopy(base)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
+    return model
 
 
 def llama_state(

@@ -83,7 +83,7 @@ def test_conjugate_gradients(
     # in float32 two correct solvers differ where a block is ill-conditioned, by more on some processors; few entries do
     gaps = torch.cat([(merged[k] - v).abs().view(-1) / v.abs().max().clamp(min=1) for k, v in expected.items()])
     assert float(gaps.max()) <= 4e-2
-    assert float(gaps.median()) <= 5e-3
+    assert float(gaps.median()) <= (5e-3 if case.startswith("ia3_low") else 1e-3)
 
 
 @pytest.mark.parametrize("off_diagonal", [1.0, 0.9, 0.0])

@@ -15,7 +15,7 @@ import merganser as mg
 from merganser.errors import MerganserError
 from merganser.statistics import Statistics
 from tests.conftest import Cli
-from tests.helpers import llama_state, write_model
+from tests.helpers import llama_state, tuned, write_model
 
 METHODS = ("regmean_pp", "output_matching", "sequential_mats")
 
@@ -45,15 +45,6 @@ def net(seed: int, make: Callable[[], nn.Module] = Net) -> nn.Module:
 
 def inputs(seed: int, count: int = 40) -> torch.Tensor:
     return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tuned(base: nn.Module, seed: int) -> nn.Module:
-    model = copy.deepcopy(base)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
-    return model
 
 
 BASE = net(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 import merganser as mg
 from merganser.engine import _sequential
+from tests.helpers import tuned
 
 LAYERS = 5
 
@@ -99,15 +99,6 @@ class Branches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.last(torch.cat([branch(x) for branch in self.branches], 1).tanh())
         return found
-
-
-def tuned(base: nn.Module, seed: int) -> nn.Module:
-    model = copy.deepcopy(base)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
-    return model
 
 
 def family(make: type[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:

@@ -60,7 +60,7 @@ def merge_modules(
                 places=Place(key=name),
                 fix="load it, for example with transformers' from_pretrained",
             )
-    if isinstance(data, str | bytes | os.PathLike | Mapping) or len(data) != len(models):
+    if len(data) != len(models):
         raise UsageError(
             "E0201",
             f"`data` is a list with the batches of every model's task: {len(models)} are needed",

@@ -65,7 +65,6 @@ class Prefix:
 
     def __init__(self, model: torch.nn.Module, paths: Mapping[str, Collection[str]], room: int) -> None:
         self._stacks = list(_stacks(model, paths))
-        self._names = {name: tuple(own) for name, own in paths.items()}
         self._kept: dict[int, _Kept] = {}
         self._room = room
         self._full = [list(map(set, stack.open)) for stack in self._stacks]

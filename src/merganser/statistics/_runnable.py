@@ -104,9 +104,10 @@ def load_runnable(
     Raises:
         InputError: E0405, a weight is missing; E0409, transformers cannot load it.
     """
-    loaded, missing = load_model(folder, dtype=dtype, device=device or "cpu")
+    model, missing = load_model(folder, dtype=dtype, device=device or "cpu")
+    loaded: Any = model
     if complete and folder.task is None and missing and all(name.startswith("pooler.") for name in missing):
-        setattr(loaded, "pooler", None)  # noqa: B010 - of an encoder without a head, which nothing reads
+        loaded.pooler = None  # of an encoder without a head: nothing reads it
         missing = frozenset()
     if missing and complete:
         raise InputError(
@@ -116,7 +117,6 @@ def load_runnable(
             why="transformers would fill them with random numbers",
             fix="name the fine-tuned model with its head; only statistics of the kind `gram` can do without",
         )
-    config: Any = loaded.config
-    if folder.task == "classification" and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = padding(folder.config)  # by which decoders find the last token
+    if folder.task == "classification" and getattr(loaded.config, "pad_token_id", None) is None:
+        loaded.config.pad_token_id = padding(folder.config)  # by which decoders find the last token
     return loaded, missing
