@@ -122,6 +122,7 @@ def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch
         else value
         for name, value in states[0].items()
     }
+    del states
     networks = {e.task: lab.network(e.model, e.head) for e in experts}
     student = lab.encoder(average, experts[0].head)
     data = {e.task: lab.examples(e.task, "statistics", e.head) for e in experts}

@@ -176,6 +176,10 @@ def train(
         network.eval()
 
 
+_SEQUENCES = 2
+"""Sequences whose answers a language model is asked for at a time in distillation."""
+
+
 def distil(
     student: nn.Module,
     experts: Mapping[str, Network],
@@ -200,13 +204,17 @@ def distil(
             turns = draw.sample(names, len(names))
         name = turns.pop()
         inputs, labels = next(sources[name])
-        with torch.no_grad():
-            wanted = experts[name](**inputs).log_softmax(-1)
-        found = students[name](**inputs).log_softmax(-1)
-        kept = torch.ones(found.shape[:-1], dtype=torch.bool) if labels.dim() == 1 else labels != IGNORED
-        divergence = nn.functional.kl_div(found[kept], wanted[kept], reduction="batchmean", log_target=True)
+        kept = torch.ones(labels.shape, dtype=torch.bool) if labels.dim() == 1 else labels != IGNORED
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(divergence)
+        # a language model's answers to a whole batch would take gigabytes
+        size = len(labels) if labels.dim() == 1 else _SEQUENCES
+        for first in range(0, len(labels), size):
+            part, own = {k: v[first : first + size] for k, v in inputs.items()}, kept[first : first + size]
+            with torch.no_grad():
+                wanted = experts[name](**part)[own].log_softmax(-1)
+            found = students[name](**part)[own].log_softmax(-1)
+            divergence = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+            torch.autograd.backward(divergence / kept.sum())
         optimizer.step()
 
 

@@ -26,20 +26,21 @@ def statistics_of(lab: Lab, expert: Expert) -> Path:
     """The statistics file of an expert, collected once."""
     wanted = lab.settings.statistics
     part = lab.part(expert.task, "statistics")
-    name = key(expert.digest, file_digest(part), wanted.model_dump_json(), lab.settings.max_length, __version__)
+    only = lab.settings.merge.only  # what is not merged needs no statistics
+    name = key(expert.digest, file_digest(part), wanted.model_dump_json(), lab.settings.max_length, only, __version__)
     file = lab.cache / "statistics" / f"{expert.task}-{name}.safetensors"
     if not file.exists():
         batches = [
             {**inputs, "labels": labels}
             for inputs, labels in lab.examples(expert.task, "statistics", expert.head).all(16)
         ]
-        found = _collected(lab, expert, batches)
+        found = _collected(lab, expert, batches, only)
         file.parent.mkdir(parents=True, exist_ok=True)
         found.save(file, overwrite=True)
     return file
 
 
-def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]]) -> Statistics:
+def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]], only: Sequence[str]) -> Statistics:
     wanted = lab.settings.statistics
     if expert.head is not None and expert.head.is_dir():
         whole = open_subject(expert.model, lab.base, None).with_head(expert.task, expert.head)
@@ -51,8 +52,10 @@ def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]]) -
     if expert.vectors is not None:
         insert_ia3(network.encoder, load_file(expert.vectors))
     model: nn.Module = network if network.head is not None else network.encoder
-    only = None if expert.vectors is None else [f"*{IA3_SUFFIX}"]
-    found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=only)
+    patterns = [*only] if expert.vectors is None else [f"*{IA3_SUFFIX}"]
+    if network.head is not None:
+        patterns = [f"encoder.{pattern}" for pattern in patterns]
+    found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=patterns or None)
     if network.head is None:
         return found
     return found.renamed(lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
