@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import merganser
 from merganser import kernels
+from merganser.errors import NumericError
 from merganser.kernels import _compiled
 from merganser.kernels._ranks import _split
+from merganser.methods import _select
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
@@ -248,3 +252,63 @@ def test_radix_sort_behind_the_insertion_sort() -> None:
     np.testing.assert_array_equal(_ranks._radix_sort(items.copy(), np.empty_like(items)), expected)
     assert _ranks._insertion_sort(items, 1 << 40)
     np.testing.assert_array_equal(items, expected)
+
+
+def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
+    """A base and fine-tuned models in bfloat16, some of whose changes cancel."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"a.weight": (300, 700), "b.weight": (64, 33), "c.bias": (5,), "d.weight": (1, 1025), "e.weight": (0, 4)}
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    models = [base]
+    for index in range(count):
+        change = {name: 0.002 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
+        models.append({name: x + (change[name] if coarse else 40 * change[name] ** 2) for name, x in base.items()})
+        models[-1]["b.weight"] = base["b.weight"] + (0.01 if index % 2 else -0.01)
+        models[-1]["c.bias"] = base["c.bias"]
+    return [{name: x.bfloat16() for name, x in model.items()} for model in models]
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+@pytest.mark.parametrize("models", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ties", {}),
+        ("ties", {"density": 1.0, "scale": 0.7}),
+        ("ties", {"density": 0.001, "merge": "sum"}),
+        ("ties", {"trim": "tensor", "merge": "max"}),
+        ("ties", {"trim": "tensor", "density": 0.7, "zero_sign": "positive"}),
+        ("ties", {"count": "exact"}),
+        ("ties", {"count": "exact", "trim": "tensor"}),
+        ("breadcrumbs", {"density": 0.7, "gamma": 0.01, "election": "ties"}),
+        ("sce", {"select": 0.1}),
+        ("consensus", {}),
+        ("della", {"density": 0.5}),
+    ],
+)
+def test_merges_of_weights_as_files_have_them(
+    method: str, options: dict[str, Any], models: int, coarse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    base, *tuned = bfloat16_models(models, coarse)
+    results: list[dict[str, torch.Tensor]] = []
+    calls: list[object] = []
+    around = kernels.Stored.around
+
+    def counted(stored: kernels.Stored, model: int, intervals: list[tuple[int, int]]) -> object:
+        calls.append(intervals)
+        return around(stored, model, intervals)
+
+    monkeypatch.setattr(kernels.Stored, "around", counted)
+    for on in (False, True):
+        with accelerated(on):
+            results.append(merganser.merge(tuned, method=method, base=base, **options))
+        assert bool(calls) == (on and method in ("ties", "breadcrumbs") and options.get("density") != 1.0)
+    assert all(same(results[0][name], results[1][name]) for name in base)
+
+
+def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> None:
+    base, *tuned = bfloat16_models(2, True)
+    tuned[1]["a.weight"][7, 9] = torch.inf
+    with accelerated(True), pytest.raises(NumericError, match=r"1 of 210,000 .* \[7, 9\]"):
+        merganser.merge(tuned, method="ties", base=base)

@@ -56,6 +56,11 @@ class Reader:
         self.scratch = Scratch()
         self._progress = progress
 
+    @property
+    def takes_stored(self) -> bool:
+        """Whether blocks may be given as files have them: they are on the CPU, and found finite."""
+        return self.check_finite and self.device.type == "cpu"
+
     def read(self, source: Input, start: int, stop: int, out: torch.Tensor) -> None:
         """Read elements of an input in their stored type."""
         source.checkpoint.read_range(source.name, start, stop, out)
@@ -154,6 +159,17 @@ class StreamBlock(Block):
 
     def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
         return self._load(self._tensor.inputs[index], f"model {index if slot is None else slot}", minus=self.base)
+
+    def stored(self) -> kernels.Stored | None:
+        reader, start, stop = self._reader, self.key.start, self.key.stop
+        base = self._tensor.base
+        if base is None or not reader.takes_stored or not self._tensor.takes_stored:
+            return None
+        found = [
+            reader.load(source, start, stop, self._get(f"stored {index}", source.spec.dtype))
+            for index, source in enumerate((base, *self._tensor.inputs))
+        ]
+        return kernels.Stored(found[0], found[1:], self._get("stored out", self.spec.dtype))
 
     def buffer(self, name: str) -> torch.Tensor:
         return self._get(f"scratch {name}", self._tensor.dtype)

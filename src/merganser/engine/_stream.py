@@ -25,6 +25,9 @@ _RUN = 1 / 16
 _TOGETHER = 8
 """Blocks of a sample that make a task."""
 
+_LONGER, _LONGEST = 8, 1 << 21
+"""How many times as long a block may be that is read as files have it, and how long at most."""
+
 
 class _StreamContext(Context):
     """Passes over the tensors that one method merges."""
@@ -69,9 +72,9 @@ def _some(tasks: Iterable[list[BlockKey]], stride: int) -> Iterator[list[BlockKe
 
 def _middle(key: BlockKey, share: float) -> BlockKey:
     """The middle part of a block; it begins at a multiple of 64 elements."""
-    if share >= 1:
-        return key
     length = key.stop - key.start
+    if share >= 1 or not length:
+        return key
     wanted = max(1, round(length * share))
     start = key.start + (length - wanted) // 2 // 64 * 64
     return BlockKey(key.name, start, start + wanted)
@@ -119,17 +122,26 @@ class Stream:
         task: list[BlockKey] = []
         filled = 0
         for tensor in tensors:
-            numel = tensor.spec.numel
-            step = tensor.step(self._block) if as_merged else self._block
+            numel, block = tensor.spec.numel, self._elements(tensor)
+            step = tensor.step(block) if as_merged else block
             for start in range(0, max(numel, 1), step):
                 stop = min(numel, start + step)
-                if task and filled + stop - start > self._block:
+                if task and filled + stop - start > block:
                     yield task
                     task, filled = [], 0
                 task.append(BlockKey(tensor.spec.name, start, stop))
                 filled += stop - start + kernels.CHUNK // 16
         if task:
             yield task
+
+    def _elements(self, tensor: TensorPlan) -> int:
+        """Elements per block: more where they are read as files have them, for then there is less work to a block."""
+        method = tensor.method
+        if method is None or not (method.reads_stored() and self.reader.takes_stored and tensor.takes_stored):
+            return self._block
+        width = tensor.spec.dtype.itemsize * (len(tensor.inputs) + 2)
+        room = self._budget // (4 * self.executor.workers * width)
+        return self._block * max(1, min(_LONGER, _LONGEST // self._block, room // self._block))
 
     def context(self, tensors: Mapping[str, TensorPlan], seed: int) -> Context:
         """The view of some tensors that a method's `prepare` receives."""
@@ -225,9 +237,10 @@ class Stream:
     ) -> None:
         """Round the merged elements to the output type, piece by piece, and write them if they are finite."""
         values = values.reshape(-1)
-        for first in range(0, values.numel(), PIECE):
-            merged = piece = values[first : first + PIECE]
-            if merged.dtype != spec.dtype or merged.device.type != "cpu":
+        converted = values.dtype != spec.dtype or values.device.type != "cpu"
+        for first in range(0, values.numel(), PIECE if converted else max(1, values.numel())):
+            merged = piece = values[first : first + PIECE] if converted else values
+            if converted:
                 piece = self.reader.scratch.get("out", merged.numel(), spec.dtype, torch.device("cpu"))
             finite = kernels.convert(merged, piece)
             if self.reader.check_finite and spec.is_float and not finite:

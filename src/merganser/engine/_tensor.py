@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.checkpoint import Checkpoint
@@ -72,6 +73,12 @@ class TensorPlan:
     def is_whole(self) -> bool:
         """Whether the method needs the tensor as one block."""
         return self.method is not None and self.method.whole(self.spec, self.kinds)
+
+    @property
+    def takes_stored(self) -> bool:
+        """Whether there are loops that take base and models as files have them."""
+        sources = (self.base, *self.inputs)
+        return kernels.takes_stored((self.spec.dtype, *(s.spec.dtype for s in sources if s))) and self.base is not None
 
     def step(self, block: int) -> int:
         """Elements per block, about `block`: the whole tensor or whole rows, where the method needs that."""

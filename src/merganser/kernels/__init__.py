@@ -46,14 +46,18 @@ from merganser.kernels._ranks import (
     place_by_rank,
     signed_keys,
     top_key,
+    value_key,
 )
+from merganser.kernels._stored import Around, Stored, takes_stored
 
 __all__ = [
     "CHUNK",
+    "Around",
     "Bracket",
     "Disjoint",
     "Partials",
     "RankCounter",
+    "Stored",
     "accelerate",
     "at_least",
     "balance",
@@ -81,8 +85,10 @@ __all__ = [
     "row_dots",
     "row_l1",
     "signed_keys",
+    "takes_stored",
     "top_key",
     "trim_below_",
     "uniforms",
+    "value_key",
     "variance",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "row_order",
     "signed_keys",
     "top_key",
+    "value_key",
 ]
 
 _INFINITY = 0x7F800000
@@ -71,6 +72,11 @@ def key_value(key: int, dtype: torch.dtype) -> float:
     """The number of type `dtype` whose key this is; the inverse of `magnitude_keys` and of `signed_keys`."""
     magnitude = float(torch.tensor([abs(key)], dtype=key_dtype(dtype)).view(dtype))
     return -magnitude if key < 0 else magnitude
+
+
+def value_key(value: float) -> int:
+    """The key of a magnitude in float32; one more than that of infinity for infinity, above all others."""
+    return top_key(torch.float32) if math.isinf(value) else int(np.float32(value).view(np.int32))
 
 
 def place_by_rank(magnitudes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -210,7 +216,7 @@ class RankCounter:
     def add(self, keys: torch.Tensor) -> None:
         """Count the keys of a block."""
         low, high, shift = self._bracket.low, self._bracket.high, self._bracket.shift
-        if low == self._bracket.bottom and high == self._bracket.top:
+        if self.full:
             index = keys >> shift
             if low < 0:
                 index.sub_(low >> shift).clamp_(min=0)  # of NaN
@@ -219,12 +225,21 @@ class RankCounter:
                 self.bins += counts
                 self.size += keys.numel()
             return
-        below, first, inside = _split(keys, low, high)
+        self.take(*_split(keys, low, high), keys.numel())
+
+    @property
+    def full(self) -> bool:
+        """Whether every key is in the interval."""
+        return self._bracket.low == self._bracket.bottom and self._bracket.high == self._bracket.top
+
+    def take(self, below: int, first: int, inside: torch.Tensor, size: int) -> None:
+        """Count a block of so many keys, of which so many are below the interval, equal its first, and lie inside."""
+        shift = self._bracket.shift
         with self._lock:
             self.below += below
             self.bins[0] += first
-            _tally(inside, shift, low >> shift, self.bins)
-            self.size += keys.numel()
+            _tally(inside, shift, self._bracket.low >> shift, self.bins)
+            self.size += size
 
 
 def _tally(keys: torch.Tensor, shift: int, lowest: int, bins: torch.Tensor) -> None:

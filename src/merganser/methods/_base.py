@@ -135,6 +135,10 @@ class Method(ABC):
         """The number of block-sized buffers of the compute type that it uses, beside the base's."""
         return models + 2
 
+    def reads_stored(self) -> bool:
+        """Whether its passes over whole blocks take `Block.stored` where they can, so that blocks may be longer."""
+        return False
+
     def caches(self) -> bool:
         """Whether what `prepare` returns may fill the memory of all `Context.counters`, not a few of every model."""
         return False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import MerganserError
@@ -111,6 +112,13 @@ class Block(ABC):
     @abstractmethod
     def doubt(self) -> None:
         """Mark this block's result as one that `Method.review` may ask to be computed again."""
+
+    def stored(self) -> kernels.Stored | None:
+        """Base and models as files have them, where there are loops for that; None elsewhere, and for changed models.
+
+        Once for every block: the buffers may be those of the next call.
+        """
+        return None
 
     def delta(self, index: int, slot: int | None = None) -> torch.Tensor:
         """The task vector ``W_i - W_0`` of model `index`, in buffer `slot`."""

@@ -203,6 +203,15 @@ def _count(
     wanted = [index for index, own in enumerate(brackets) if not all(bracket.found for bracket in own)]
 
     def count(block: Block) -> None:
+        direct = values is task_vectors and not any(counter.full for index in wanted for counter in counters[index])
+        stored = block.stored() if direct else None
+        if stored is not None:
+            for index in wanted:
+                size = stored.base.numel()
+                intervals = [(bracket.low, bracket.high) for bracket in brackets[index]]
+                for around, counter in zip(stored.around(index, intervals)[1], counters[index], strict=True):
+                    counter.take(around.below, around.first, torch.from_numpy(around.inside), size)
+            return
         for index, numbers in zip(wanted, values(block, wanted), strict=True):
             found = keys(numbers)
             for bracket, counter in zip(brackets[index], counters[index], strict=True):

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from merganser import kernels
-from merganser._torch import torch
 from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._select import Tally, Threshold, Values, exact_thresholds, task_vectors
 
@@ -73,12 +72,21 @@ class _Inside:
     counts: npt.NDArray[np.int64] | None
 
     @classmethod
-    def of(cls, magnitude: torch.Tensor, interval: Interval) -> _Inside:
-        """Those of a block. Where they are many, as in coarse task vectors, equal ones are kept together."""
-        found = kernels.between(magnitude, *interval)
-        if found.size <= max(1 << 14, magnitude.numel() >> 4):
-            return cls(found, None)
-        return cls(*np.unique(found, return_counts=True))
+    def of(cls, found: Array, size: int, first: tuple[float, int] = (0.0, 0)) -> _Inside:
+        """Those of a block. Where they are many, as in coarse task vectors, equal ones are kept together.
+
+        Args:
+            found: magnitudes.
+            size: of the block.
+            first: a magnitude below all of these, and how often it was met beside them.
+        """
+        value, times = first
+        if found.size + times <= max(1 << 14, size >> 4):
+            return cls(np.append(found, np.full(times, value, found.dtype)), None)
+        values, counts = np.unique(found, return_counts=True)
+        return (
+            cls(np.append(values, found.dtype.type(value)), np.append(counts, times)) if times else cls(values, counts)
+        )
 
     def count(self, mask: npt.NDArray[np.bool_]) -> int:
         """How many of them a mask selects."""
@@ -95,14 +103,30 @@ class _Piece:
 
 
 def _pieces(block: Block, intervals: Sequence[Sequence[Interval]], values: Values) -> Iterator[_Piece]:
+    stored = block.stored() if values is task_vectors else None
+    if stored is not None:
+        yield from (_stored_piece(stored, index, own) for index, own in enumerate(intervals))
+        return
     for numbers, own in zip(values(block, range(len(intervals))), intervals, strict=True):
         magnitude = numbers.abs_()
         above, inside = [], []
         for low, high in own:
             upper = 0 if math.isinf(high) else kernels.count_ones(kernels.at_least(magnitude, high))
             above.append(upper)
-            inside.append(_Inside.of(magnitude, (low, high)))
+            inside.append(_Inside.of(kernels.between(magnitude, low, high), magnitude.numel()))
         yield _Piece(kernels.count_ones(kernels.nonzero(magnitude)), tuple(above), tuple(inside))
+
+
+def _stored_piece(stored: kernels.Stored, model: int, intervals: Sequence[Interval]) -> _Piece:
+    """The same of a block as files have it."""
+    size, above, inside = stored.base.numel(), [], []
+    zeros, found = stored.around(model, [(kernels.value_key(low), kernels.value_key(high)) for low, high in intervals])
+    for around, (low, high) in zip(found, intervals, strict=True):
+        lower = around.below + around.first + around.inside.size
+        above.append(0 if math.isinf(high) else size - lower)
+        # zeros are no magnitudes to choose among
+        inside.append(_Inside.of(around.inside.view(np.float32), size, (low, around.first if low > 0 else 0)))
+    return _Piece(size - zeros, tuple(above), tuple(inside))
 
 
 @dataclass

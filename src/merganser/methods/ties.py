@@ -80,6 +80,10 @@ class Ties(Method, name="ties"):
         """Thresholds and merge; an exact count over the whole model needs two more."""
         return 2 + 2 * (self.count == "exact" and self.trim == "model")
 
+    def reads_stored(self) -> bool:
+        """An exact count looks at magnitudes that are equal to the threshold."""
+        return self.count == "authors"
+
     def prepare(self, context: Context) -> TiesState:
         """The thresholds, and an estimate of the majority sign."""
         whole = self.trim == "model"
@@ -104,11 +108,13 @@ class Ties(Method, name="ties"):
     def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
         numel = context.numel
         kept = self._kept(numel, context.models)
+        if all(n >= numel for n in kept):
+            return (Threshold(0.0),) * len(kept)
         if self.count == "exact":
             return tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))
         # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
         ranks = [max(0, numel - n - 1) for n in kept]
-        values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks]) if numel else [0.0] * len(kept)
+        values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks])
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
         return tuple(Threshold(value) for value in values)
 
@@ -143,11 +149,17 @@ class Ties(Method, name="ties"):
 
     def merge(self, block: Block, state: TiesState) -> torch.Tensor:
         """The disjoint merge of one block."""
-        merged = block.buffer("total")
-        vectors, floors = self._vectors(block, state)
         region = self._region(block.key)
         election = self._election(block.weights, state.majority[region])
-        balance, doubtful = election.merge(vectors, block.base, merged, floors)
+        floors = [threshold.floor(block.key, torch.float32) for threshold in state.thresholds[region]]
+        stored = None if None in floors else block.stored()
+        if stored is not None:
+            merged = stored.out
+            balance, doubtful = election.merge_stored(stored, [floor or 0.0 for floor in floors])
+        else:
+            merged = block.buffer("total")
+            vectors, limits = self._vectors(block, state)
+            balance, doubtful = election.merge(vectors, block.base, merged, limits)
         if self.zero_sign == "majority":
             block.note(_note(region), balance)
             if doubtful:

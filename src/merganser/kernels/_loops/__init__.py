@@ -5,9 +5,23 @@ no multiplication is contracted with an addition, so a loop rounds as its descri
 released.
 """
 
-from merganser.kernels._loops._convert import narrow, widen, widen_less
-from merganser.kernels._loops._disjoint import disjoint, variance
+from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
+from merganser.kernels._loops._disjoint import disjoint, disjoint_stored, variance
 from merganser.kernels._loops._random import drop, keep
-from merganser.kernels._loops._ranks import place_by_rank, split, tally
+from merganser.kernels._loops._ranks import place_by_rank, split, split_stored, tally
 
-__all__ = ["disjoint", "drop", "keep", "narrow", "place_by_rank", "split", "tally", "variance", "widen", "widen_less"]
+__all__ = [
+    "disjoint",
+    "disjoint_stored",
+    "drop",
+    "finite",
+    "keep",
+    "narrow",
+    "place_by_rank",
+    "split",
+    "split_stored",
+    "tally",
+    "variance",
+    "widen",
+    "widen_less",
+]

@@ -1,4 +1,8 @@
-"""Between bfloat16 and float32."""
+"""Between bfloat16 and float32.
+
+Sums and unions are made integers of the accumulator's type again: Numba widens them, and half as many would go through
+the processor at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +12,58 @@ import numpy as np
 
 from merganser.kernels._loops._jit import Array, compiled
 
-__all__ = ["narrow", "widen", "widen_less"]
+__all__ = ["finite", "narrow", "narrow_tile", "widen", "widen_less", "widen_tile"]
 
 _TILE = 1024
 """Elements whose intermediate results stay in the first-level cache."""
 
-_OVERFLOW = 0x7F7F8000
-"""The bits of the smallest float32 that bfloat16 rounds to infinity."""
+_TOP = 1 << 31
+_TO_OVERFLOW = _TOP - 0x7F7F8000
+"""Added to the bits of a magnitude it sets the top one where bfloat16 rounds that to infinity."""
+
+
+@compiled
+def widen_tile(raw: Array, bits: Array) -> None:
+    """bfloat16 (as uint16) to float32 (as uint32)."""
+    for i in range(raw.size):
+        bits[i] = np.uint32(raw[i]) << np.uint32(16)
+
+
+@compiled
+def narrow_tile(bits: Array, out: Array) -> None:
+    """float32 (as uint32) to bfloat16 (as uint16), to the nearest, ties to even; NaN may become infinite."""
+    for i in range(bits.size):
+        rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1)))
+        out[i] = np.uint16(rounded >> np.uint32(16))
+
+
+@compiled
+def finite(raw: Array) -> Any:
+    """Whether all elements of bfloat16 (as uint16) are finite."""
+    seen = np.uint16(0)
+    for i in range(raw.size):
+        seen = np.uint16(seen | np.uint16((raw[i] & np.uint16(0x7F80)) + np.uint16(0x80)))
+    return seen < 0x8000
 
 
 @compiled
 def widen(raw: Array, out: Array) -> Any:
     """bfloat16 (as uint16) to float32; whether all elements are finite."""
-    bits, largest = out.view(np.uint32), np.uint16(0)
-    for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
-        largest = max(largest, raw[i] & np.uint16(0x7F80))
-    return largest < 0x7F80
+    widen_tile(raw, out.view(np.uint32))
+    return finite(raw)
 
 
 @compiled
 def widen_less(raw: Array, minus: Array, out: Array) -> Any:
     """bfloat16 (as uint16) to float32, less other numbers; whether all elements were finite."""
-    bits, largest = out.view(np.uint32), np.uint16(0)
+    bits, good = out.view(np.uint32), True
     for first in range(0, raw.size, _TILE):
-        own, wide, less = raw[first : first + _TILE], bits[first : first + _TILE], minus[first : first + _TILE]
-        for i in range(own.size):
-            wide[i] = np.uint32(own[i]) << np.uint32(16)
-            largest = max(largest, own[i] & np.uint16(0x7F80))
-        result = out[first : first + _TILE]
+        own, less, result = raw[first : first + _TILE], minus[first : first + _TILE], out[first : first + _TILE]
+        widen_tile(own, bits[first : first + _TILE])
+        good &= finite(own)
         for i in range(own.size):
             result[i] -= less[i]
-    return largest < 0x7F80
+    return good
 
 
 @compiled
@@ -48,10 +72,8 @@ def narrow(values: Array, out: Array) -> Any:
 
     NaN may become infinite: where the answer is no, the results are to be made another way.
     """
-    bits, largest = values.view(np.uint32), np.uint32(0)
-    for i in range(values.size):
-        rounded = bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))
-        out[i] = np.uint16(rounded >> np.uint32(16))
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        largest = magnitude if magnitude > largest else largest
-    return largest < np.uint32(_OVERFLOW)
+    bits, seen = values.view(np.uint32), np.uint32(0)
+    narrow_tile(bits, out)
+    for i in range(bits.size):
+        seen = np.uint32(seen | np.uint32((bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(_TO_OVERFLOW)))
+    return seen < _TOP

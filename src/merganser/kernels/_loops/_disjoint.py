@@ -4,12 +4,67 @@ from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._jit import Array, compiled, float32_pointer, vector_at
+from merganser.kernels._loops._convert import narrow_tile, widen_tile
+from merganser.kernels._loops._jit import Array, compiled, float32_pointer, uint16_pointer, vector_at
 
-__all__ = ["disjoint", "variance"]
+__all__ = ["disjoint", "disjoint_stored", "variance"]
 
 _TILE = 1024
 """Elements whose intermediate results stay in the first-level cache."""
+
+
+@compiled
+def _elect(
+    vectors: Array,
+    count: int,
+    factors: Array,
+    sizes: Array,
+    take: int,
+    zero: int,
+    scale: float,
+    base: Array,
+    out: Array,
+    room: Array,
+) -> tuple[int, bool]:
+    """The disjoint merge of the first `count` entries of trimmed and weighted vectors, the rows of a matrix."""
+    none, one, scale_, zero_ = np.float32(0), np.float32(1), np.float32(scale), np.float32(zero)
+    total, mass, merged, counted = room[0], room[1], room[2], room[3]
+    for j in range(count):
+        total[j] = mass[j] = merged[j] = counted[j] = none
+    for k in range(len(vectors)):
+        vector = vectors[k]
+        for j in range(count):
+            total[j] += vector[j]
+            mass[j] += abs(vector[j])
+    balance, doubt = np.int32(0), np.int32(0)
+    for j in range(count):
+        # int32 again, for Numba makes it int64, and half as many would be counted at a time
+        balance = np.int32(balance + np.int32(total[j] > none) - np.int32(total[j] < none))
+    for j in range(count):
+        doubt = np.int32(doubt | np.int32(np.int32(total[j] == none) & np.int32(mass[j] > none)))
+    # the sign that is elected is kept in place of the sum
+    for j in range(count):
+        undecided = zero_ if mass[j] > none else one
+        undecided = undecided if total[j] == none else one
+        total[j] = -one if total[j] < none else undecided
+    for k in range(len(vectors)):
+        vector, factor, added = vectors[k], factors[k], sizes[k]
+        if take == 2:
+            for j in range(count):
+                v = vector[j] * total[j] + none
+                merged[j] = merged[j] if v < merged[j] else v
+        else:
+            for j in range(count):
+                v = vector[j] * total[j]
+                v = none if v < none else v
+                merged[j] += v * factor
+                counted[j] += none if v == none else added
+    if take == 0:
+        for j in range(count):
+            merged[j] /= one if counted[j] == none else counted[j]
+    for j in range(count):
+        out[j] = merged[j] * total[j] * scale_ + base[j]
+    return int(balance), bool(doubt)
 
 
 @compiled
@@ -42,52 +97,55 @@ def disjoint(
     Returns:
         How many more sums are positive than negative, and whether entries cancel.
     """
-    size, balance, doubt = base.size, 0, np.int32(0)
-    none, one, scale_ = np.float32(0), np.float32(1), np.float32(scale)
-    # the sign that is elected is kept in place of the sum
-    total, mass = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    merged, counted = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    size, balance, doubt, none = base.size, 0, False, np.float32(0)
+    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
     for first in range(0, size, _TILE):
         count = min(size - first, _TILE)
-        for j in range(count):
-            total[j] = mass[j] = merged[j] = counted[j] = none
         for k in range(addresses.size):
-            vector = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            floor, weight = floors[k], weights[k]
+            given = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
+            floor, weight, vector = floors[k], weights[k], vectors[k]
             for j in range(count):
-                v = (none if abs(vector[j]) < floor else vector[j]) * weight
-                total[j] += v
-                mass[j] += abs(v)
-        positive, zeros = np.int32(0), np.int32(0)
-        for j in range(count):
-            positive += np.int32(total[j] > none)
-            zeros += np.int32(total[j] == none)
-            doubt |= np.int32((total[j] == none) & (mass[j] > none))
-        balance += 2 * positive - (count - zeros)
-        for j in range(count):
-            undecided = np.float32(zero) if mass[j] > none else one
-            undecided = undecided if total[j] == none else one
-            total[j] = -one if total[j] < none else undecided
+                vector[j] = (none if abs(given[j]) < floor else given[j]) * weight
+        own, result = base[first : first + count], out[first : first + count]
+        found = _elect(vectors, count, factors, sizes, take, zero, scale, own, result, room)
+        balance, doubt = balance + found[0], doubt | found[1]
+    return balance, doubt
+
+
+@compiled
+def disjoint_stored(
+    addresses: Array,
+    floors: Array,
+    weights: Array,
+    factors: Array,
+    sizes: Array,
+    take: int,
+    zero: int,
+    scale: float,
+    base: Array,
+    out: Array,
+) -> tuple[int, bool]:
+    """`disjoint` of models less their base, all of bfloat16 (as uint16) like the result.
+
+    Each tile is made float32 and the result bfloat16 again while they are in the first-level cache.
+    """
+    size, balance, doubt, none = base.size, 0, False, np.float32(0)
+    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
+    own, result = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    for first in range(0, size, _TILE):
+        count = min(size - first, _TILE)
+        widen_tile(base[first : first + count], own.view(np.uint32))
         for k in range(addresses.size):
-            vector = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            floor, weight, factor, added = floors[k], weights[k], factors[k], sizes[k]
-            if take == 2:
-                for j in range(count):
-                    v = (none if abs(vector[j]) < floor else vector[j]) * weight * total[j] + none
-                    merged[j] = merged[j] if v < merged[j] else v
-            else:
-                for j in range(count):
-                    v = (none if abs(vector[j]) < floor else vector[j]) * weight * total[j]
-                    v = none if v < none else v
-                    merged[j] += v * factor
-                    counted[j] += none if v == none else added
-        if take == 0:
+            vector, floor, weight = vectors[k], floors[k], weights[k]
+            raw = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count]
+            widen_tile(raw, vector.view(np.uint32))
             for j in range(count):
-                merged[j] /= one if counted[j] == none else counted[j]
-        result, own = out[first : first + count], base[first : first + count]
-        for j in range(count):
-            result[j] = merged[j] * total[j] * scale_ + own[j]
-    return balance, doubt != 0
+                gap = vector[j] - own[j]
+                vector[j] = (none if abs(gap) < floor else gap) * weight
+        found = _elect(vectors, count, factors, sizes, take, zero, scale, own, result, room)
+        balance, doubt = balance + found[0], doubt | found[1]
+        narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
+    return balance, doubt
 
 
 @compiled

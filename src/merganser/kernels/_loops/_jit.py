@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numba.extending
 
-__all__ = ["Array", "compiled", "float32_pointer", "vector_at"]
+__all__ = ["Array", "compiled", "float32_pointer", "uint16_pointer", "vector_at"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
@@ -27,12 +27,20 @@ def _intrinsic(function: Callable[..., Any]) -> Callable[[int], Any]:
     return cast("Callable[[int], Any]", _numba.extending.intrinsic(function))
 
 
-@_intrinsic
-def float32_pointer(context: Any, address: Any) -> Any:
-    """The address of float32 elements as a pointer, in compiled code."""
-    pointer = _numba.types.CPointer(_numba.types.float32)
+def _pointer(element: str) -> Callable[[Any, Any], Any]:
+    def of(context: Any, address: Any) -> Any:
+        pointer = _numba.types.CPointer(getattr(_numba.types, element))
 
-    def generate(ctx: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ctx.get_value_type(signature.return_type))
+        def generate(ctx: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], ctx.get_value_type(signature.return_type))
 
-    return pointer(address), generate
+        return pointer(address), generate
+
+    return of
+
+
+float32_pointer = _intrinsic(_pointer("float32"))
+"""The address of float32 elements as a pointer, in compiled code."""
+
+uint16_pointer = _intrinsic(_pointer("uint16"))
+"""The same of 16-bit elements."""
