@@ -23,6 +23,7 @@ from merganser.evaluation._items import read_images
 from merganser.evaluation._outcomes import Evaluation, TaskResult
 from merganser.evaluation._perplexity import Perplexity
 from merganser.evaluation._prepared import Kind, Prepared
+from merganser.evaluation._shared import SharedLayers
 from merganser.evaluation._subject import Subject, open_subject
 from merganser.evaluation._tasks import Task, Tasks, read_tasks
 from merganser.statistics._models import ModelFolder, open_model
@@ -92,10 +93,14 @@ class Evaluator:
     Args:
         tasks: what is measured.
         device: where to compute.
+        shared: keeps what the first layers return that all models have.
     """
 
-    def __init__(self, tasks: Tasks, *, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, tasks: Tasks, *, device: str | torch.device | None = None, shared: SharedLayers | None = None
+    ) -> None:
         self.tasks = tasks
+        self._shared = shared
         self._device = device
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._experts: dict[str, float] = {}
@@ -119,6 +124,7 @@ class Evaluator:
         """
         began = time.perf_counter()
         subject = open_subject(model, self.tasks.base, self._device)
+        subject.shared = self._shared
         if self.tasks.batch_norm:
             subject = self._renormalised(subject)
         results: dict[str, TaskResult] = {}

@@ -48,18 +48,18 @@ def likelihoods(task: Task, prepared: Prepared, subject: Subject) -> tuple[list[
     Raises:
         NumericError: E0606, a sum is not finite.
     """
-    model = subject.model(task.name)
     decoder = subject.folder(task.name).task == "causal_lm"
     sums, counts = [0.0] * len(prepared.items), [0] * len(prepared.items)
     assert prepared.encoder is not None
-    for chosen, group in batched(prepared.items, task.batch_size):
+    for number, (chosen, group) in enumerate(batched(prepared.items, task.batch_size)):
+        key = prepared.digest, prepared.digests, task.max_length, task.batch_size, number
         batch = on(subject.device, prepared.encoder.collate(group))
         labels = batch["labels"]
         if decoder:
             del batch["labels"]
-            logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
+            logits, labels = subject.logits(task.name, key, **batch)[:, :-1], labels[:, 1:]
         else:
-            logits = model(**batch, use_cache=False).logits
+            logits = subject.logits(task.name, key, **batch)
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
         ).view(labels.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from merganser.blocks import is_head
 from merganser.checkpoint import Checkpoint, open_checkpoint, refuse_unmergeable
 from merganser.engine import usable_device
 from merganser.errors import InputError, Place, UsageError
+from merganser.evaluation._shared import SharedLayers, SharingModel
 from merganser.statistics._models import ModelFolder, build_model, open_model
 
 __all__ = ["Subject", "open_subject", "read_tensors"]
@@ -30,6 +31,7 @@ class Subject:
         home: where its configuration and tokenizer are.
         module: the model itself, if it was given as one.
         device: where it is measured.
+        shared: keeps what its first layers return, if other models have the same.
     """
 
     label: str
@@ -37,7 +39,9 @@ class Subject:
     home: ModelFolder | None
     module: torch.nn.Module | None
     device: torch.device
+    shared: SharedLayers | None = None
     _built: dict[Any, torch.nn.Module] = field(default_factory=dict)
+    _sharing: SharingModel | None = None
 
     def folder(self, task: str) -> ModelFolder:
         """Where configuration and tokenizer are.
@@ -57,6 +61,25 @@ class Subject:
     def model(self, task: str) -> torch.nn.Module:
         """The whole model, with its own head."""
         return self._get(None, lambda: self._checked(*build_model(self.folder(task), self.tensors)))
+
+    def logits(self, task: str, key: Hashable, **batch: Any) -> torch.Tensor:
+        """What the whole model says of a batch.
+
+        Args:
+            task: for which it is asked.
+            key: of the batch, which no other has.
+            batch: the arguments of the model.
+        """
+        model = self.model(task)
+
+        def call() -> torch.Tensor:
+            return torch.as_tensor(model(**batch, use_cache=False).logits)
+
+        if self.shared is None:
+            return call()
+        if self._sharing is None:
+            self._sharing = self.shared.of(model)
+        return self._sharing.run(key, call)
 
     def encoder(self, task: str, *, pooler: bool) -> torch.nn.Module:
         """The model without a head."""

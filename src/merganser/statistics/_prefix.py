@@ -10,7 +10,7 @@ from typing import Any
 
 from merganser._torch import torch
 
-__all__ = ["Level", "Prefix"]
+__all__ = ["Kept", "Level", "Prefix"]
 
 Level = tuple[tuple[int, int], ...]
 """For each stack that is cut short, its number and the last of its blocks that does not run."""
@@ -38,7 +38,7 @@ class _Stack:
 
 
 @dataclass
-class _Kept:
+class Kept:
     """What was kept of a batch: for each stack the last block that did not have to run, and what it returned."""
 
     outputs: dict[int, tuple[int, Any]] = field(default_factory=dict)
@@ -61,12 +61,15 @@ class Prefix:
         model: the model.
         paths: for each weight the paths of the modules that it belongs to.
         room: bytes for what is kept; the passes of batches for which there is no room left run everything.
+
+    Attributes:
+        room: the bytes that are left.
     """
 
     def __init__(self, model: torch.nn.Module, paths: Mapping[str, Collection[str]], room: int) -> None:
         self._stacks = list(_stacks(model, paths))
-        self._kept: dict[int, _Kept] = {}
-        self._room = room
+        self._kept: dict[int, Kept] = {}
+        self.room = room
         self._full = [list(map(set, stack.open)) for stack in self._stacks]
 
     def restart(self) -> None:
@@ -77,9 +80,10 @@ class Prefix:
 
     def settle(self, names: Iterable[str]) -> None:
         """Some weights do not change any more."""
+        settled = set(names)
         for stack in self._stacks:
             for own in stack.open:
-                own.difference_update(names)
+                own.difference_update(settled)
 
     def abandon(self) -> None:
         """Run everything from now on."""
@@ -90,14 +94,17 @@ class Prefix:
         """What the next pass of a batch leaves out; empty for nothing."""
         return self._kept[key].level if key in self._kept else ()
 
-    @contextlib.contextmanager
-    def short(self, key: int) -> Iterator[None]:
+    def short(self, key: int) -> contextlib.AbstractContextManager[None]:
         """For the time of the block passes leave out what they can, and keep what later ones can leave out.
 
         Args:
             key: of the batch.
         """
-        kept = self._kept.setdefault(key, _Kept())
+        return self.shortened(self._kept.setdefault(key, Kept()))
+
+    @contextlib.contextmanager
+    def shortened(self, kept: Kept) -> Iterator[None]:
+        """The same with what the caller keeps of a batch."""
         with contextlib.ExitStack() as undo:
             for number, stack in enumerate(self._stacks):
                 last, output = kept.outputs.get(number, (-1, None))
@@ -108,16 +115,16 @@ class Prefix:
                     undo.callback(stack.blocks[index].register_forward_hook(hook).remove)
             yield
 
-    def _keep(self, kept: _Kept, stack: int, index: int, module: Any, args: Any, output: Any) -> None:
+    def _keep(self, kept: Kept, stack: int, index: int, module: Any, args: Any, output: Any) -> None:
         with contextlib.suppress(_OpaqueError):
             size = _nbytes(output)
             more = size - kept.nbytes.get(stack, 0)
-            if more <= self._room:
-                self._room -= more
+            if more <= self.room:
+                self.room -= more
                 kept.outputs[stack], kept.nbytes[stack] = (index, _copied(output)), size
 
     def _release(self) -> None:
-        self._room += sum(sum(kept.nbytes.values()) for kept in self._kept.values())
+        self.room += sum(sum(kept.nbytes.values()) for kept in self._kept.values())
         self._kept = {}
 
 

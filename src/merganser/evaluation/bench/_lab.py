@@ -17,6 +17,7 @@ from torch import nn
 from merganser.errors import InputError, MerganserError, Place, RecipeError
 from merganser.evaluation._evaluator import Evaluator
 from merganser.evaluation._prepared import Prepared
+from merganser.evaluation._shared import SharedLayers
 from merganser.evaluation._subject import open_subject, read_tensors
 from merganser.evaluation._tasks import Task, Tasks
 from merganser.evaluation.bench._expert import Expert
@@ -50,6 +51,8 @@ class Lab:
         self.names = list(read_tensors(self.base))
         self._parts: dict[str, dict[str, Path]] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
+        trained = suite.settings.training.only
+        self._shared = None if "*" in trained else SharedLayers(trained)
 
     def entry(self, name: str) -> SuiteTask:
         """A task of the suite, held out or not."""
@@ -133,12 +136,14 @@ class Lab:
 
     def evaluator(self, part: str, experts: Sequence[Expert]) -> Evaluator:
         """What measures models on one part of the tasks of some experts."""
-        return Evaluator(self.tasks(part, experts))
+        return Evaluator(self.tasks(part, experts), shared=self._shared)
 
     def judge(self, experts: Sequence[Expert]) -> Evaluator:
         """What measures merges, of vectors if the experts have some, on the validation examples."""
         tasks = self.tasks("validation", experts)
-        return OfVectors(tasks, lambda state: self.whole(state, experts)) if experts[0].vectors else Evaluator(tasks)
+        if experts[0].vectors:
+            return OfVectors(tasks, lambda state: self.whole(state, experts))
+        return Evaluator(tasks, shared=self._shared)
 
     def losses(self, experts: Sequence[Expert], *, score: bool) -> Losses:
         """The loss of merges on batches of the validation examples, or its negative, differentiable in the weights.
