@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -179,29 +180,33 @@ def _ranked_from_above(parts: Sequence[_Inside], rank: int) -> float | None:
 
 def _intervals(context: Context, kept: Kept, values: Values, models: int) -> Mapping[str, list[list[Interval]]]:
     """Where the thresholds of every tensor are sought: everywhere in small ones."""
-    samples: dict[str, list[list[Array]]] = {}
+    everywhere: Interval = (0.0, math.inf)
+    large = {name: spec for name, spec in context.specs.items() if spec.numel >= _SAMPLED_FROM}
+    result = {
+        name: [[everywhere] * len(numbers) for numbers in kept(name, [spec.numel] * models)]
+        for name, spec in context.specs.items()
+        if name not in large
+    }
 
     def sample(block: Block) -> list[Array]:
-        if block.spec.numel < _SAMPLED_FROM:
+        if block.key.name not in large:
             return []
         return [numbers.abs_().cpu().numpy().copy() for numbers in values(block, range(models))]
 
-    result = {}
-    if any(spec.numel >= _SAMPLED_FROM for spec in context.specs.values()):
-        for key, found in context.each(sample, share=_SHARE):
-            for own, magnitudes in zip(samples.setdefault(key.name, [[] for _ in range(models)]), found, strict=False):
-                own.append(magnitudes)
-    for name, spec in context.specs.items():
-        if spec.numel < _SAMPLED_FROM:
-            everywhere: Interval = (0.0, math.inf)
-            result[name] = [[everywhere] * len(numbers) for numbers in kept(name, [spec.numel] * models)]
-            continue
-        sorted_ = [np.sort(np.concatenate(own)) for own in samples.pop(name)]
-        nonzero = [round(np.count_nonzero(own) / own.size * spec.numel) for own in sorted_]
-        result[name] = [
-            [_interval(own, count / spec.numel) for count in numbers]
+    def found(blocks: Iterable[tuple[BlockKey, list[Array]]], name: str) -> list[list[Interval]]:
+        sorted_ = [np.sort(np.concatenate(own)) for own in zip(*(magnitudes for _, magnitudes in blocks), strict=True)]
+        numel = large[name].numel
+        nonzero = [round(np.count_nonzero(own) / own.size * numel) for own in sorted_]
+        return [
+            [_interval(own, count / numel) for count in numbers]
             for own, numbers in zip(sorted_, kept(name, nonzero), strict=True)
         ]
+
+    # the sample of one tensor at a time is held
+    passed = context.each(sample, share=_SHARE) if large else iter(())
+    for name, blocks in itertools.groupby(passed, key=lambda item: item[0].name):
+        if name in large:
+            result[name] = found(blocks, name)
     return result
 
 
