@@ -21,7 +21,7 @@ from merganser import kernels
 from merganser.errors import NumericError
 from merganser.kernels import _compiled
 from merganser.kernels._ranks import _split
-from merganser.methods import _select
+from merganser.methods import Context, _select, ties
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
@@ -312,3 +312,62 @@ def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> Non
     tuned[1]["a.weight"][7, 9] = torch.inf
     with accelerated(True), pytest.raises(NumericError, match=r"1 of 210,000 .* \[7, 9\]"):
         merganser.merge(tuned, method="ties", base=base)
+
+
+@pytest.mark.parametrize("wrong", [None, 0.5, 1.5])
+@pytest.mark.parametrize("zero_sign", ["majority", "positive"])
+def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = {"w": torch.randint(-60, 60, (700, 90), generator=generator)}
+    tuned = [{"w": base["w"] + torch.randint(-2, 3, (700, 90), generator=generator)} for _ in range(3)]
+    base, *tuned = [{"w": (model["w"] / 1024).bfloat16()} for model in (base, *tuned)]
+    with accelerated(False):
+        expected = merganser.merge(tuned, method="ties", base=base, zero_sign=zero_sign)
+    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    presumed: list[float] = []
+
+    def clear(context: Context, ranks: list[int]) -> list[float]:
+        found = _select.clear_thresholds(context, ranks)
+        assert found is not None
+        presumed[:] = found if wrong is None else [found[0], found[1] * wrong, found[2]]
+        return presumed
+
+    monkeypatch.setattr(ties, "clear_thresholds", clear)
+    whole: list[float] = []
+    exact = _select.magnitude_thresholds
+
+    def thresholds(context: Context, ranks: list[int]) -> list[float]:
+        whole[:] = exact(context, ranks)
+        return whole
+
+    monkeypatch.setattr(ties, "magnitude_thresholds", thresholds)
+    with accelerated(True):
+        merged = merganser.merge(tuned, method="ties", base=base, zero_sign=zero_sign)
+    assert presumed
+    assert bool(whole) == (wrong is not None)
+    assert all(same(merged[name], expected[name]) for name in base)
+
+
+def test_thresholds_that_a_sample_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *tuned = bfloat16_models(2, True)
+    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    monkeypatch.setattr(_select, "_CLEAR", 0.3)
+    with accelerated(False):
+        expected = merganser.merge(tuned, method="ties", base=base)
+    with accelerated(True):
+        merged = merganser.merge(tuned, method="ties", base=base)
+    assert all(same(merged[name], expected[name]) for name in base)
+
+
+def test_methods_inside_others_do_not_round() -> None:
+    base, *tuned = bfloat16_models(3, True)
+    stacked = [{f"layers.{number}.{name}": x for number in range(3) for name, x in m.items()} for m in (base, *tuned)]
+    results = []
+    for on in (False, True):
+        with accelerated(on):
+            results.append(
+                merganser.merge(
+                    stacked[1:], method="lines", base=stacked[0], of={"method": "ties"}, alpha=0.3, beta=0.4
+                )
+            )
+    assert all(same(results[0][name], results[1][name]) for name in stacked[0])

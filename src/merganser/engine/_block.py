@@ -128,6 +128,7 @@ class StreamBlock(Block):
         figures: what the method reported.
         doubtful: whether the method doubts the result.
         start: the method and state of the initialisation.
+        may_round: whether what the method returns is written as it is, so that it may be rounded already.
     """
 
     def __init__(self, reader: Reader, tensor: TensorPlan, key: BlockKey, seed: int) -> None:
@@ -139,6 +140,7 @@ class StreamBlock(Block):
         self.figures: dict[str, Any] = {}
         self.doubtful = False
         self.start: tuple[Method, object] | None = None
+        self.may_round = True
         self._reader = reader
         self._tensor = tensor
         self._base: torch.Tensor | None = None
@@ -163,7 +165,7 @@ class StreamBlock(Block):
     def stored(self) -> kernels.Stored | None:
         reader, start, stop = self._reader, self.key.start, self.key.stop
         base = self._tensor.base
-        if base is None or not reader.takes_stored or not self._tensor.takes_stored:
+        if base is None or not (self.may_round and reader.takes_stored and self._tensor.takes_stored):
             return None
         found = [
             reader.load(source, start, stop, self._get(f"stored {index}", source.spec.dtype))

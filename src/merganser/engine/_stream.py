@@ -32,13 +32,14 @@ _LONGER, _LONGEST = 8, 1 << 21
 class _StreamContext(Context):
     """Passes over the tensors that one method merges."""
 
-    def __init__(self, stream: Stream, tensors: Mapping[str, TensorPlan], seed: int) -> None:
+    def __init__(self, stream: Stream, tensors: Mapping[str, TensorPlan], seed: int, *, stored: bool = False) -> None:
         first = next(iter(tensors.values()))
         self.specs = {name: tensor.spec for name, tensor in tensors.items()}
         self.models = len(first.inputs)
         self.seed = seed
         self.dtype = first.dtype
         self.counters = stream.counters
+        self.stored = stored and stream.reader.takes_stored and all(t.takes_stored for t in tensors.values())
         self._stream = stream
         self._tensors = tensors
 
@@ -168,14 +169,15 @@ class Stream:
         pending = {name: tensor for name, tensor in tensors.items() if name in completion.pending}
         if not pending and type(method).memory is Method.memory:
             return completion.figures(), None
-        context = self.context(tensors, seed)
+        rounds = method.reads_stored()
+        context = _StreamContext(self, tensors, seed, stored=rounds)
         state = method.prepare(context)
         start = None if init is None else (init, init.prepare(AsMerged(context)))
 
         def run(task: list[BlockKey], state: object, *, again: bool = False) -> None:
             for key in task:
                 block = StreamBlock(self.reader, tensors[key.name], key, seed)
-                block.start = start
+                block.start, block.may_round = start, rounds
                 merged = method.results(block, state)
                 for index, values in enumerate(merged):
                     self._write(sink, block.spec, key, values, index if len(merged) > 1 else None)

@@ -20,6 +20,8 @@ __all__ = ["Disjoint", "variance"]
 _TILE = 1 << 13
 """Elements whose float64 copies stay in the cache."""
 
+_NONE = np.zeros((0, 2), dtype=np.int64)
+
 _TAKE = {"mean": 0, "sum": 1, "max": 2}
 
 
@@ -72,15 +74,22 @@ class Disjoint:
         found = fast.disjoint(*self._arguments(vectors, floors), base.numpy(), out.numpy())
         return int(found[0]), bool(found[1])
 
-    def merge_stored(self, stored: Stored, floors: Sequence[float]) -> tuple[int, bool]:
+    def merge_stored(
+        self, stored: Stored, floors: Sequence[float], counts: npt.NDArray[np.int64] | None = None
+    ) -> tuple[int, bool]:
         """`merge` of ``t_i = W_i - W_0`` of a block as files have it, rounded to its type, in its buffer.
 
-        The bits are those of `merge`. Complexity: one pass through memory at half the width.
+        The bits are those of `merge`. Where `counts` is given (models x 2), the numbers of magnitudes below each floor,
+        and equal to it, are added to it.
+
+        Complexity: one pass through memory at half the width.
         """
         fast = loops()
         assert fast is not None
         base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
-        found = fast.disjoint_stored(*self._arguments(stored.models, floors), base, out)
+        found = fast.disjoint_stored(
+            *self._arguments(stored.models, floors), base, out, _NONE if counts is None else counts
+        )
         return int(found[0]), bool(found[1])
 
     def _arguments(self, vectors: Sequence[torch.Tensor], floors: Sequence[float] | None) -> tuple[Any, ...]:

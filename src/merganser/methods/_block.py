@@ -116,7 +116,8 @@ class Block(ABC):
     def stored(self) -> kernels.Stored | None:
         """Base and models as files have them, where there are loops for that; None elsewhere, and for changed models.
 
-        Once for every block: the buffers may be those of the next call.
+        None, too, for a method inside another, which goes on with what it returns. Once for every block: the buffers
+        may be those of the next call.
         """
         return None
 
@@ -138,6 +139,7 @@ class Context(ABC):
         seed: the seed of the merge.
         dtype: the compute type.
         counters: how many int64 counters a method may keep without exceeding the memory budget.
+        stored: whether every block of the merge will have `Block.stored`.
     """
 
     specs: Mapping[str, BlockSpec]
@@ -145,6 +147,7 @@ class Context(ABC):
     seed: int
     dtype: torch.dtype
     counters: int
+    stored: bool = False
 
     @property
     def numel(self) -> int:

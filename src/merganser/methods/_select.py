@@ -10,11 +10,12 @@ from merganser._torch import torch
 from merganser.kernels import Bracket, RankCounter
 from merganser.methods._block import Block, BlockKey, Context
 
-__all__ = ["Threshold", "exact_thresholds", "magnitude_thresholds", "select", "task_vectors"]
+__all__ = ["Threshold", "clear_thresholds", "exact_thresholds", "magnitude_thresholds", "select", "task_vectors"]
 
 _SAMPLED_FROM = 1 << 24
 _SHARE = 1 / 64
 _MARGIN = 0.004
+_CLEAR = 0.001
 
 Values = Callable[[Block, Sequence[int]], "Iterator[torch.Tensor]"]
 """For a block and some models, one flat tensor for each of them; it may be overwritten before the next is taken."""
@@ -145,6 +146,36 @@ def magnitude_thresholds(context: Context, ranks: Sequence[int]) -> list[float]:
     Complexity: as for `select`.
     """
     return [found for (found,) in select(context, [[rank] for rank in ranks], task_vectors)]
+
+
+def clear_thresholds(context: Context, ranks: Sequence[int]) -> list[float] | None:
+    """What `magnitude_thresholds` returns in all likelihood, from a sample; None where the sample leaves it open.
+
+    A magnitude is clear where so many are equal, as in differences of 16-bit weights, that ranks on both sides have it,
+    too. To be sure, count the magnitudes below it and those that equal it: the rank has to lie among the latter.
+
+    Args:
+        context: the tensors.
+        ranks: for each model the 0-based rank in ascending order.
+
+    Complexity: 1/64 of a pass, twice.
+    """
+    if context.numel < _SAMPLED_FROM:
+        return None
+    top = kernels.top_key(context.dtype)
+
+    def narrowed(bracket: Bracket, counter: RankCounter, off: float = 0.0) -> Bracket:
+        place = ((bracket.rank + 0.5) / context.numel + off) * counter.size
+        return replace(bracket.narrow(counter, min(max(0, int(place)), counter.size - 1)), bits=20)
+
+    brackets = [[Bracket(rank, 0, top, top)] for rank in ranks]
+    for _ in range(2):
+        counters = _count(context, brackets, task_vectors, kernels.magnitude_keys, share=_SHARE)
+        wide, brackets = brackets, _each(narrowed, brackets, counters)
+    for (before,), (found,), (counter,) in zip(wide, brackets, counters, strict=True):
+        if not found.found or any(narrowed(before, counter, off) != found for off in (-_CLEAR, _CLEAR)):
+            return None
+    return [kernels.key_value(found.low, context.dtype) for (found,) in brackets]
 
 
 def select(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._options import option, per_model
-from merganser.methods._select import Threshold, exact_thresholds, magnitude_thresholds
+from merganser.methods._select import Threshold, clear_thresholds, exact_thresholds, magnitude_thresholds
 from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Ties", "TiesState"]
@@ -27,10 +29,14 @@ class TiesState:
     Attributes:
         thresholds: per tensor, or under None for the whole model: one per model.
         majority: the sign that replaces an elected sign of 0.
+        ranks: of the thresholds, where they are only presumed.
+        again: finds what is presumed out.
     """
 
     thresholds: Mapping[str | None, tuple[Threshold, ...]]
     majority: Mapping[str | None, int]
+    ranks: Sequence[int] | None = None
+    again: Callable[[], TiesState] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,16 @@ class Ties(Method, name="ties"):
     3. Merge: over the models whose entry has sign s, ``sum w_i t_i / sum |w_i|`` (or the sum, or the largest).
     4. ``W = W_0 + scale merged``.
 
-    The trim is exact: thresholds come from streaming radix selection. ``count="authors"`` keeps the entries from the
-    ``(d - int(d density))``-th smallest on, as the released code does (one more than the density says, and all equal
-    ones); ``count="exact"`` keeps ``int(d density)``, and of equal magnitudes those that come first in the natural
-    order of names and then of positions.
+    The trim is exact: thresholds come from streaming radix selection, or from a sample that the merge verifies.
+    ``count="authors"`` keeps the entries from the ``(d - int(d density))``-th smallest on, as the released code does
+    (one more than the density says, and all equal ones); ``count="exact"`` keeps ``int(d density)``, and of equal
+    magnitudes those that come first in the natural order of names and then of positions.
 
     The majority sign matters only where entries cancel exactly. It is estimated on a sample, counted exactly during
     the merge, and blocks that cancel are merged again where the estimate was wrong. With a majority of 0 such entries
     stay 0.
 
-    Passes: one or two for the thresholds, one to merge. Memory: one buffer per model. O(models x elements).
+    Passes: none to two for the thresholds, one to merge. Memory: one buffer per model. O(models x elements).
     """
 
     density: float = option(0.2, "share of each task vector that is kept", gt=0.0, le=1.0, per_model=True)
@@ -85,13 +91,29 @@ class Ties(Method, name="ties"):
         return self.count == "authors"
 
     def prepare(self, context: Context) -> TiesState:
-        """The thresholds, and an estimate of the majority sign."""
-        whole = self.trim == "model"
-        state = TiesState({None: self._thresholds(context)} if whole else self._tensor_thresholds(context), majority={})
+        """The thresholds, and an estimate of the majority sign.
+
+        Where the thresholds are clear from a sample, the merge counts whether they are right, and `review` sees to it.
+        """
+        if self.trim == "tensor":
+            return self._with_majority(context, TiesState(self._tensor_thresholds(context), majority={}))
+        ranks = self._ranks(context)
+        trims = all(n < context.numel for n in self._kept(context.numel, context.models))
+        clear = clear_thresholds(context, ranks) if context.stored and trims else None
+        if clear is None:
+            return self._with_majority(context, TiesState({None: self._thresholds(context)}, majority={}))
+        presumed = TiesState({None: tuple(map(Threshold, clear))}, majority={}, ranks=ranks)
+        return self._with_majority(context, replace(presumed, again=lambda: self._certain(context)))
+
+    def _certain(self, context: Context) -> TiesState:
+        """The state that needs no review."""
+        return self._with_majority(context, TiesState({None: self._thresholds(context)}, majority={}), certain=True)
+
+    def _with_majority(self, context: Context, state: TiesState, *, certain: bool = False) -> TiesState:
         if self.zero_sign == "positive":
             return replace(state, majority=dict.fromkeys(state.thresholds, 1))
-        sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors"
-        share = (_SAMPLE if whole else _SAMPLE_OF_TENSORS) if sampled else 1.0
+        sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors" and not certain
+        share = (_SAMPLE if self.trim == "model" else _SAMPLE_OF_TENSORS) if sampled else 1.0
         balances: Counter[str | None] = Counter()
         for key, balance in context.each(lambda block: self._balance(block, state), share=share):
             balances[self._region(key)] += balance
@@ -105,6 +127,11 @@ class Ties(Method, name="ties"):
         """How many entries of each model are kept, without the authors' one more."""
         return [int(numel * per_model(self.density, index)) for index in range(models)]
 
+    def _ranks(self, context: Context) -> list[int]:
+        """Of the thresholds: the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1."""
+        numel = context.numel
+        return [min(max(0, numel - n - 1), numel - 1) for n in self._kept(numel, context.models)]
+
     def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
         numel = context.numel
         kept = self._kept(numel, context.models)
@@ -112,9 +139,7 @@ class Ties(Method, name="ties"):
             return (Threshold(0.0),) * len(kept)
         if self.count == "exact":
             return tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))
-        # the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1
-        ranks = [max(0, numel - n - 1) for n in kept]
-        values = magnitude_thresholds(context, [min(rank, numel - 1) for rank in ranks])
+        values = magnitude_thresholds(context, self._ranks(context))
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
         return tuple(Threshold(value) for value in values)
 
@@ -155,7 +180,13 @@ class Ties(Method, name="ties"):
         stored = None if None in floors else block.stored()
         if stored is not None:
             merged = stored.out
-            balance, doubtful = election.merge_stored(stored, [floor or 0.0 for floor in floors])
+            counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
+            balance, doubtful = election.merge_stored(stored, [floor or 0.0 for floor in floors], counts)
+            if counts is not None:
+                for index, (below, equal) in enumerate(counts.tolist()):
+                    block.note(f"below {index}", below)
+                    block.note(f"equal {index}", equal)
+                block.doubt()
         else:
             merged = block.buffer("total")
             vectors, limits = self._vectors(block, state)
@@ -171,7 +202,12 @@ class Ties(Method, name="ties"):
         return models + 4
 
     def review(self, state: TiesState, notes: Mapping[str, int]) -> TiesState | None:
-        """Whether the majority sign was estimated correctly."""
+        """Whether the thresholds were presumed and the majority sign was estimated correctly."""
+        for index, rank in enumerate(state.ranks or ()):
+            below = notes[f"below {index}"]
+            if not below <= rank < below + notes[f"equal {index}"]:
+                assert state.again is not None
+                return state.again()
         if self.zero_sign == "positive":
             return None
         majority = {region: _sign(notes.get(_note(region), 0)) for region in state.majority}

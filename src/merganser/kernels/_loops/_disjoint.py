@@ -124,10 +124,12 @@ def disjoint_stored(
     scale: float,
     base: Array,
     out: Array,
+    counts: Array,
 ) -> tuple[int, bool]:
     """`disjoint` of models less their base, all of bfloat16 (as uint16) like the result.
 
-    Each tile is made float32 and the result bfloat16 again while they are in the first-level cache.
+    Each tile is made float32 and the result bfloat16 again while they are in the first-level cache. Where `counts` has
+    a row for each model, the magnitudes below its floor, and those that equal it, are added to that.
     """
     size, balance, doubt, none = base.size, 0, False, np.float32(0)
     vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
@@ -140,8 +142,16 @@ def disjoint_stored(
             raw = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count]
             widen_tile(raw, vector.view(np.uint32))
             for j in range(count):
-                gap = vector[j] - own[j]
-                vector[j] = (none if abs(gap) < floor else gap) * weight
+                vector[j] -= own[j]
+            if len(counts):
+                below, equal = np.int32(0), np.int32(0)
+                for j in range(count):
+                    below = np.int32(below + np.int32(abs(vector[j]) < floor))
+                    equal = np.int32(equal + np.int32(abs(vector[j]) == floor))
+                counts[k, 0] += below
+                counts[k, 1] += equal
+            for j in range(count):
+                vector[j] = (none if abs(vector[j]) < floor else vector[j]) * weight
         found = _elect(vectors, count, factors, sizes, take, zero, scale, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
