@@ -13,6 +13,7 @@ __all__ = ["COUNTER_BYTES", "DEFAULT_MEMORY", "enough", "memory"]
 DEFAULT_MEMORY = 1_000_000_000
 COUNTER_BYTES = 8
 _LARGEST_BLOCK = 1 << 20
+_SHORTEST_BLOCK = 1 << 18  # where memory allows: below, the interpreter's work for every block is felt
 _WORKING_SET = 1 << 23
 
 
@@ -53,7 +54,7 @@ def memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[in
             buffer_bytes = max(buffer_bytes, buffers * tensor.dtype.itemsize)
         per_element = max(per_element, width)
     fixed = 32_000_000 + 2_000 * len(tensors) + counter_bytes
-    wanted = min(_LARGEST_BLOCK, max(kernels.CHUNK, _power_of_two(_WORKING_SET // buffer_bytes)))
+    wanted = min(_LARGEST_BLOCK, max(_SHORTEST_BLOCK, _power_of_two(_WORKING_SET // buffer_bytes)))
     block = min(wanted, _power_of_two((budget - fixed) // threads // per_element))
     if block < kernels.CHUNK:
         needed = fixed + threads * kernels.CHUNK * per_element
