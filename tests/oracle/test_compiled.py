@@ -15,9 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import merganser
 from merganser import kernels
+from merganser.engine import _commit
+from merganser.engine._weights import WeightFiles
 from merganser.errors import NumericError
 from merganser.kernels import _compiled
 from merganser.kernels._ranks import _split
@@ -371,3 +374,34 @@ def test_methods_inside_others_do_not_round() -> None:
                 )
             )
     assert all(same(results[0][name], results[1][name]) for name in stacked[0])
+
+
+def test_a_merge_with_presumed_thresholds_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = {f"w{number}": torch.randint(-60, 60, (300, 90), generator=generator) for number in range(4)}
+    tuned = [{n: x + torch.randint(-2, 3, x.shape, generator=generator) for n, x in base.items()} for _ in range(3)]
+    paths = []
+    for index, model in enumerate((base, *tuned)):
+        paths.append(tmp_path / f"{index}.safetensors")
+        save_file({name: (x / 1024).bfloat16() for name, x in model.items()}, paths[-1])
+    settings: dict[str, Any] = {"method": "ties", "base": paths[0]}
+    whole = merganser.merge(paths[1:], **settings, out=tmp_path / "whole")
+    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    finish = WeightFiles.finish
+    finished: list[str] = []
+
+    def stopped(files: WeightFiles, name: str, *rest: Any) -> None:
+        if name == "w2":
+            raise KeyboardInterrupt
+        finish(files, name, *rest)
+        finished.append(name)
+
+    with accelerated(True):
+        with monkeypatch.context() as patch:
+            patch.setattr(_commit, "_WORTH_KEEPING", 0.0)
+            patch.setattr(WeightFiles, "finish", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                merganser.merge(paths[1:], **settings, out=tmp_path / "out")
+        assert finished == ["w0", "w1"]
+        out = merganser.merge(paths[1:], **settings, out=tmp_path / "out")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
