@@ -8,7 +8,7 @@ from merganser import kernels
 from merganser.engine._tensor import TensorPlan
 from merganser.errors import Place, ResourceError
 
-__all__ = ["COUNTER_BYTES", "DEFAULT_MEMORY", "enough", "memory"]
+__all__ = ["COUNTER_BYTES", "DEFAULT_MEMORY", "counter_memory", "enough", "memory"]
 
 DEFAULT_MEMORY = 1_000_000_000
 COUNTER_BYTES = 8
@@ -24,6 +24,13 @@ def enough(tensors: Sequence[TensorPlan], threads: int) -> int:
     return max(DEFAULT_MEMORY, *(2 * size for size in (*whole, *rows)))
 
 
+def counter_memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> int:
+    """Bytes for what methods keep of the whole model: 1/8 of the budget, or half where one caches and there is room."""
+    caching = any(tensor.method is not None and tensor.method.caches() for tensor in tensors)
+    largest = max((tensor.whole_bytes() for tensor in tensors if tensor.is_whole), default=0)
+    return budget // 2 if caching and threads * largest <= budget // 2 else budget // 8
+
+
 def memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[int, int]:
     """The block size that fits the budget, and the peak memory that it leads to.
 
@@ -32,10 +39,11 @@ def memory(tensors: Sequence[TensorPlan], threads: int, budget: int) -> tuple[in
     """
     per_element, buffer_bytes, counter_bytes = 1, 1, 0
     whole: list[int] = []
+    kept = counter_memory(tensors, threads, budget)
     for tensor in tensors:
         if tensor.method is not None and tensor.method.scope == "model":
             some = len(tensor.inputs) * COUNTER_BYTES << 20
-            counter_bytes = max(counter_bytes, min(budget // 8, budget if tensor.method.caches() else some))
+            counter_bytes = max(counter_bytes, kept if tensor.method.caches() else min(budget // 8, some))
         if tensor.is_whole:
             whole.append(tensor.whole_bytes())
             if whole[-1] > budget:

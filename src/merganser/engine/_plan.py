@@ -9,7 +9,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.blocks import Role, natural_key
 from merganser.checkpoint import Checkpoint, refuse_unmergeable
-from merganser.engine._budget import COUNTER_BYTES, DEFAULT_MEMORY, enough, memory
+from merganser.engine._budget import COUNTER_BYTES, DEFAULT_MEMORY, counter_memory, enough, memory
 from merganser.engine._compare import check_configs, find_ties
 from merganser.engine._demands import OpenModels
 from merganser.engine._donors import check_donors, side_file_warnings
@@ -198,7 +198,7 @@ class _Planner:
             warnings=tuple(dict.fromkeys(warnings)),
             threads=self.threads,
             block_elements=block,
-            counters=budget // 8 // COUNTER_BYTES,
+            counters=counter_memory(tensors, self.threads, left_of(budget, loaded)) // COUNTER_BYTES,
             max_memory=budget,
             bytes_read=read,
             bytes_written=written,
