@@ -52,7 +52,7 @@ def likelihoods(task: Task, prepared: Prepared, subject: Subject) -> tuple[list[
     sums, counts = [0.0] * len(prepared.items), [0] * len(prepared.items)
     assert prepared.encoder is not None
     for number, (chosen, group) in enumerate(batched(prepared.items, task.batch_size)):
-        key = prepared.digest, prepared.digests, task.max_length, task.batch_size, number
+        key = task.name, task.kind, prepared.digest, prepared.digests, task.max_length, task.batch_size, number
         batch = on(subject.device, prepared.encoder.collate(group))
         labels = batch["labels"]
         if decoder:
