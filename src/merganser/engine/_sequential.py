@@ -155,7 +155,7 @@ class _Run:
         walks = (self._walk, *self._walks)
         for walk in walks:
             walk.restart()
-        common = set(self._common())
+        common = {*self._common(), *self._unmeasured(evidence)}
         for found in evidence:
             lacking = next(
                 (name for name in self._walk.order if name not in common and "output_gram" not in found.kinds(name)),
@@ -205,6 +205,17 @@ class _Run:
         if None in different:  # which may be before all layers
             return iter(())
         return itertools.takewhile(lambda name: layer(name) not in different, self._walk.order)
+
+    def _unmeasured(self, evidence: Sequence[Evidence]) -> Iterator[str]:
+        """The weights that all models have and nobody has measured: they stay, whatever the layers before become."""
+        if not evidence:
+            return
+        merged, *others = (model.state_dict() for model in (self._merged, *self._models))
+        for name in self._walk.order:
+            if not any("output_gram" in found.kinds(name) for found in evidence):
+                own = self._walk.tensors(name, bias=self._biased(name))
+                if all(torch.equal(merged[tensor], other[tensor]) for tensor in own for other in others):
+                    yield name
 
     def _steps(self) -> Iterator[tuple[str | None, tuple[str, ...]]]:
         """What is merged at a time, and the prefix of its names if it is a whole numbered layer."""
