@@ -156,8 +156,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.models
     folder.mkdir(parents=True, exist_ok=True)
-    models = make_models(options.tool, folder, options.size, 8, "500MB")
-    whole = make_models(options.tool, folder, options.size, 2, "5GB")
+    wanted = [int(name.rpartition("-")[2]) for name in options.only or ["average-8"]]
+    models = make_models(options.tool, folder, options.size, max(wanted), "500MB")
     tiny = make_models(options.tool, folder, "tiny", 8, "500MB")
     kit = mergekit_python(options.mergekit, folder)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
@@ -170,14 +170,15 @@ def main() -> None:
         ("ties", 2, models),
         ("ties", 8, models),
         ("dare", 2, models),
-        ("average", 2, whole),
-        ("ties", 2, whole),
     ]
+    if not options.only:
+        whole = make_models(options.tool, folder, options.size, 2, "5GB")
+        cases += [("average", 2, whole), ("ties", 2, whole)]
     net: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         for method, count, source in cases:
-            if options.only and (source is not models or f"{method}-{count}" not in options.only):
+            if options.only and f"{method}-{count}" not in options.only:
                 continue
             based = method != "average"
             commands: dict[str, Callable[[Path], list[str]]] = {

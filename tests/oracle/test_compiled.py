@@ -8,23 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-import merganser
 from merganser import kernels
-from merganser.engine import _commit
-from merganser.engine._weights import WeightFiles
-from merganser.errors import NumericError
 from merganser.kernels import _compiled
 from merganser.kernels._ranks import _split
-from merganser.methods import Context, _select, ties
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
@@ -255,153 +248,3 @@ def test_radix_sort_behind_the_insertion_sort() -> None:
     np.testing.assert_array_equal(_ranks._radix_sort(items.copy(), np.empty_like(items)), expected)
     assert _ranks._insertion_sort(items, 1 << 40)
     np.testing.assert_array_equal(items, expected)
-
-
-def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
-    """A base and fine-tuned models in bfloat16, some of whose changes cancel."""
-    generator = torch.Generator().manual_seed(7)
-    shapes = {"a.weight": (300, 700), "b.weight": (64, 33), "c.bias": (5,), "d.weight": (1, 1025), "e.weight": (0, 4)}
-    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    models = [base]
-    for index in range(count):
-        change = {name: 0.002 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
-        models.append({name: x + (change[name] if coarse else 40 * change[name] ** 2) for name, x in base.items()})
-        models[-1]["b.weight"] = base["b.weight"] + (0.01 if index % 2 else -0.01)
-        models[-1]["c.bias"] = base["c.bias"]
-    return [{name: x.bfloat16() for name, x in model.items()} for model in models]
-
-
-@pytest.mark.parametrize("coarse", [True, False])
-@pytest.mark.parametrize("models", [1, 2, 5])
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("ties", {}),
-        ("ties", {"density": 1.0, "scale": 0.7}),
-        ("ties", {"density": 0.001, "merge": "sum"}),
-        ("ties", {"trim": "tensor", "merge": "max"}),
-        ("ties", {"trim": "tensor", "density": 0.7, "zero_sign": "positive"}),
-        ("ties", {"count": "exact"}),
-        ("ties", {"count": "exact", "trim": "tensor"}),
-        ("breadcrumbs", {"density": 0.7, "gamma": 0.01, "election": "ties"}),
-        ("sce", {"select": 0.1}),
-        ("consensus", {}),
-        ("della", {"density": 0.5}),
-    ],
-)
-def test_merges_of_weights_as_files_have_them(
-    method: str, options: dict[str, Any], models: int, coarse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
-    base, *tuned = bfloat16_models(models, coarse)
-    results: list[dict[str, torch.Tensor]] = []
-    calls: list[object] = []
-    around = kernels.Stored.around
-
-    def counted(stored: kernels.Stored, model: int, intervals: list[tuple[int, int]]) -> object:
-        calls.append(intervals)
-        return around(stored, model, intervals)
-
-    monkeypatch.setattr(kernels.Stored, "around", counted)
-    for on in (False, True):
-        with accelerated(on):
-            results.append(merganser.merge(tuned, method=method, base=base, **options))
-        assert bool(calls) == (on and method in ("ties", "breadcrumbs") and options.get("density") != 1.0)
-    assert all(same(results[0][name], results[1][name]) for name in base)
-
-
-def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> None:
-    base, *tuned = bfloat16_models(2, True)
-    tuned[1]["a.weight"][7, 9] = torch.inf
-    with accelerated(True), pytest.raises(NumericError, match=r"1 of 210,000 .* \[7, 9\]"):
-        merganser.merge(tuned, method="ties", base=base)
-
-
-@pytest.mark.parametrize("wrong", [None, 0.5, 1.5])
-@pytest.mark.parametrize("zero_sign", ["majority", "positive"])
-def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(3)
-    base = {"w": torch.randint(-60, 60, (700, 90), generator=generator)}
-    tuned = [{"w": base["w"] + torch.randint(-2, 3, (700, 90), generator=generator)} for _ in range(3)]
-    base, *tuned = [{"w": (model["w"] / 1024).bfloat16()} for model in (base, *tuned)]
-    with accelerated(False):
-        expected = merganser.merge(tuned, method="ties", base=base, zero_sign=zero_sign)
-    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
-    presumed: list[float] = []
-
-    def clear(context: Context, ranks: list[int]) -> list[float]:
-        found = _select.clear_thresholds(context, ranks)
-        assert found is not None
-        presumed[:] = found if wrong is None else [found[0], found[1] * wrong, found[2]]
-        return presumed
-
-    monkeypatch.setattr(ties, "clear_thresholds", clear)
-    whole: list[float] = []
-    exact = _select.magnitude_thresholds
-
-    def thresholds(context: Context, ranks: list[int]) -> list[float]:
-        whole[:] = exact(context, ranks)
-        return whole
-
-    monkeypatch.setattr(ties, "magnitude_thresholds", thresholds)
-    with accelerated(True):
-        merged = merganser.merge(tuned, method="ties", base=base, zero_sign=zero_sign)
-    assert presumed
-    assert bool(whole) == (wrong is not None)
-    assert all(same(merged[name], expected[name]) for name in base)
-
-
-def test_thresholds_that_a_sample_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, *tuned = bfloat16_models(2, True)
-    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
-    monkeypatch.setattr(_select, "_CLEAR", 0.3)
-    with accelerated(False):
-        expected = merganser.merge(tuned, method="ties", base=base)
-    with accelerated(True):
-        merged = merganser.merge(tuned, method="ties", base=base)
-    assert all(same(merged[name], expected[name]) for name in base)
-
-
-def test_methods_inside_others_do_not_round() -> None:
-    base, *tuned = bfloat16_models(3, True)
-    stacked = [{f"layers.{number}.{name}": x for number in range(3) for name, x in m.items()} for m in (base, *tuned)]
-    results = []
-    for on in (False, True):
-        with accelerated(on):
-            results.append(
-                merganser.merge(
-                    stacked[1:], method="lines", base=stacked[0], of={"method": "ties"}, alpha=0.3, beta=0.4
-                )
-            )
-    assert all(same(results[0][name], results[1][name]) for name in stacked[0])
-
-
-def test_a_merge_with_presumed_thresholds_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(3)
-    base = {f"w{number}": torch.randint(-60, 60, (300, 90), generator=generator) for number in range(4)}
-    tuned = [{n: x + torch.randint(-2, 3, x.shape, generator=generator) for n, x in base.items()} for _ in range(3)]
-    paths = []
-    for index, model in enumerate((base, *tuned)):
-        paths.append(tmp_path / f"{index}.safetensors")
-        save_file({name: (x / 1024).bfloat16() for name, x in model.items()}, paths[-1])
-    settings: dict[str, Any] = {"method": "ties", "base": paths[0]}
-    whole = merganser.merge(paths[1:], **settings, out=tmp_path / "whole")
-    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
-    finish = WeightFiles.finish
-    finished: list[str] = []
-
-    def stopped(files: WeightFiles, name: str, *rest: Any) -> None:
-        if name == "w2":
-            raise KeyboardInterrupt
-        finish(files, name, *rest)
-        finished.append(name)
-
-    with accelerated(True):
-        with monkeypatch.context() as patch:
-            patch.setattr(_commit, "_WORTH_KEEPING", 0.0)
-            patch.setattr(WeightFiles, "finish", stopped)
-            with pytest.raises(KeyboardInterrupt):
-                merganser.merge(paths[1:], **settings, out=tmp_path / "out")
-        assert finished == ["w0", "w1"]
-        out = merganser.merge(paths[1:], **settings, out=tmp_path / "out")
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -20,6 +20,7 @@ __all__ = [
     "key_value",
     "magnitude_keys",
     "place_by_rank",
+    "room",
     "row_order",
     "signed_keys",
     "top_key",
@@ -251,7 +252,7 @@ def _tally(keys: torch.Tensor, shift: int, lowest: int, bins: torch.Tensor) -> N
     bins.index_add_(0, index, torch.ones_like(index))
 
 
-class _Kept(threading.local):
+class Room(threading.local):
     """Room for what is found in a block, made once per thread."""
 
     def __init__(self) -> None:
@@ -264,13 +265,13 @@ class _Kept(threading.local):
         return self._room
 
 
-_kept = _Kept()
+room = Room()
 
 
 def _split(keys: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor]:
     """The numbers of keys below `low` and equal to it, and the keys in ``[low, high)``, or those that are not equal."""
     if (fast := loops(keys, dtype=torch.int32)) is not None:
-        kept = _kept.of(keys.numel())
+        kept = room.of(keys.numel())
         below, first, count = fast.split(keys.numpy(), low, high, kept)
         return below, first, torch.from_numpy(kept[:count])
     if keys.device.type == "cpu":

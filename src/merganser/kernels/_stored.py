@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.kernels._compiled import loops
+from merganser.kernels._ranks import room
 
 __all__ = ["Around", "Stored", "takes_stored"]
 
@@ -52,28 +52,14 @@ class Stored:
         fast = loops()
         assert fast is not None
         own, base = (x.view(torch.uint16).numpy() for x in (self.models[model], self.base))
-        room, counts = _room.of(len(intervals), own.size), np.zeros((len(intervals), 3), dtype=np.int64)
-        zeros = fast.split_stored(own, base, np.array(intervals, dtype=np.int64), room, counts)
-        found = zip(counts.tolist(), room, strict=True)
-        return int(zeros), [Around(below, first, row[:count]) for (below, first, count), row in found]
+        count = len(intervals)
+        inside = room.of(count * own.size)[: count * own.size].reshape(count, own.size)
+        counts = np.zeros((count, 3), dtype=np.int64)
+        zeros = fast.split_stored(own, base, np.array(intervals, dtype=np.int64), inside, counts)
+        found = zip(counts.tolist(), inside, strict=True)
+        return int(zeros), [Around(below, first, row[:size]) for (below, first, size), row in found]
 
 
 def takes_stored(dtypes: Iterable[torch.dtype]) -> bool:
     """Whether compiled loops are used, and there are some for weights of these types."""
     return loops() is not None and all(dtype == torch.bfloat16 for dtype in dtypes)
-
-
-class _Room(threading.local):
-    """Room for what lies inside intervals, made once per thread."""
-
-    def __init__(self) -> None:
-        self._room = np.empty(0, dtype=np.int32)
-
-    def of(self, rows: int, columns: int) -> npt.NDArray[np.int32]:
-        """An uninitialised matrix."""
-        if self._room.size < rows * columns:
-            self._room = np.empty(rows * columns, dtype=np.int32)
-        return self._room[: rows * columns].reshape(rows, columns)
-
-
-_room = _Room()
