@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import merganser as mg
 from merganser.evaluation._subject import read_tensors
 from merganser.evaluation.bench import read_suite
+from merganser.evaluation.bench._baselines import distilled
 from merganser.evaluation.bench._baselines import ensemble as ensemble_of
 from merganser.evaluation.bench._bench import subsets
 from merganser.evaluation.bench._experts import make_expert
@@ -384,6 +385,8 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
     base, tuned = (mg.open_checkpoint(str(p)) for p in (tmp_path / "base", expert))
     changed = {n for n in base.specs() if not torch.equal(base.read(n), tuned.read(n))}
     assert changed == {n for n in base.specs() if n.startswith("model.layers.1.")}
+    student = distilled(lab, [make_expert(lab, name, 0) for name in ("a", "b")], 0)
+    assert {n for n in base.specs() if not torch.equal(base.read(n), student[n])} == changed
 
 
 def test_images_from_a_base_that_begins_as_noise(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch
     networks = {e.task: lab.network(e.model, e.head) for e in experts}
     student = lab.encoder(average, experts[0].head)
     data = {e.task: lab.examples(e.task, "statistics", e.head) for e in experts}
-    settings = lab.settings.baseline_training
+    settings, training = lab.settings.baseline_training, lab.settings.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         distil(
@@ -134,6 +134,7 @@ def distilled(lab: Lab, experts: Sequence[Expert], seed: int) -> dict[str, torch
             networks,
             data,
             lab.settings.pooling,
+            training.only if training.method == "full" else ["*"],
             settings.distillation_steps,
             float(settings.distillation_rate),
             seed,

@@ -144,10 +144,7 @@ def train(
     AdamW with a rate of its own for the heads, linear warm-up and decay, clipped gradients. In place.
     """
     shared = next(iter(networks.values())).encoder
-    patterns = settings.only if settings.method == "full" else [f"*{IA3_SUFFIX}"]
-    for name, parameter in shared.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-    trained = [p for p in shared.parameters() if p.requires_grad]
+    trained = _chosen(shared, settings.only if settings.method == "full" else [f"*{IA3_SUFFIX}"])
     heads = [p for network in networks.values() if network.head is not None for p in network.head.parameters()]
     groups: list[dict[str, Any]] = [
         {"params": trained},
@@ -176,6 +173,13 @@ def train(
         network.eval()
 
 
+def _chosen(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters that patterns name, which are trained; no other is."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 _SEQUENCES = 2
 """Sequences whose answers a language model is asked for at a time in distillation."""
 
@@ -185,18 +189,19 @@ def distil(
     experts: Mapping[str, Network],
     data: Mapping[str, Examples],
     pooling: str,
+    only: Sequence[str],
     steps: int,
     rate: float,
     seed: int,
 ) -> None:
     """Train a model by Adam to give the experts' answers on unlabelled examples, each through the expert's head.
 
-    The loss is the Kullback-Leibler divergence from the expert's distribution; only the shared encoder learns.
+    The loss is the Kullback-Leibler divergence from the expert's distribution; what learns are the weights of the
+    shared encoder that patterns name.
     """
     names, draw = list(experts), random.Random(f"distil/{seed}")
     sources = {name: examples.endless(16, f"distil/{name}/{seed}") for name, examples in data.items()}
-    parameters = [p for p in student.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
+    optimizer = torch.optim.Adam(_chosen(student, only), lr=rate, fused=True)
     students = {name: Network(student, expert.head, pooling).eval() for name, expert in experts.items()}
     turns: list[str] = []
     for _ in range(steps):
