@@ -135,6 +135,15 @@ CASES = [
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
 
 
+WEIGHTED = [
+    (name, options)
+    for name, options in CASES
+    if "weights" not in options and (name, options) not in (("lawa", VARIANTS["lawa"][0]), ("map", {}))
+    if options.get("family") != "minmax"
+]
+"""Cases without weights, which could have some. Of two models the last, and the better one, may be all that counts."""
+
+
 def test_variants_are_of_registered_methods() -> None:
     assert set(VARIANTS) <= set(all_methods())
 
@@ -257,6 +266,17 @@ def test_frozen_tensors_stay(method: str, options: dict[str, Any]) -> None:
     merged = run(models, method, **options)
     factor = 0.75 if method == "average" and options.get("normalize") is False else 1.0
     assert torch.allclose(merged[frozen], BASE[frozen] * factor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "options"), WEIGHTED, ids=map(str, WEIGHTED))
+def test_weights_matter_or_are_refused(method: str, options: dict[str, Any]) -> None:
+    models, refusal = fitting([A, B], method), None
+    merged = plain = run(models, method, **options)
+    try:
+        merged = run(models, method, weights=[2.0, 0.5][: len(models)], **options)
+    except MerganserError as error:
+        refusal = error.code
+    assert refusal == "E0307" or any(not torch.equal(plain[name], merged[name]) for name in plain)
 
 
 def known_by_position(method: str, options: dict[str, Any]) -> bool:

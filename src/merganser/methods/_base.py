@@ -15,7 +15,7 @@ from merganser.errors import Place, RecipeError
 from merganser.methods._block import Block, Context
 from merganser.methods._options import Tensors, check_options, option, option_info, option_name
 
-__all__ = ["About", "Method", "State", "check_normalisable"]
+__all__ = ["About", "Method", "State", "check_equal", "check_normalisable", "check_positive"]
 
 State = Any
 
@@ -236,4 +236,19 @@ def check_positive(method: Method, weights: Sequence[float]) -> None:
     if not all(weight > 0 for weight in weights):
         raise RecipeError(
             "E0307", f"`{method.name}` needs positive weights, not {list(weights)}", places=Place(key="weight")
+        )
+
+
+def check_equal(method: Method, weights: Sequence[float]) -> None:
+    """Refuse weights that differ, where none are used.
+
+    Raises:
+        RecipeError: E0307.
+    """
+    if len(set(weights)) > 1:
+        raise RecipeError(
+            "E0307",
+            f"`{method.name}` uses no weights, and {list(weights)} were given",
+            places=Place(key="weight"),
+            fix="leave them out",
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merganser.methods._base import About, Method
+from merganser.methods._base import About, Method, check_equal
 from merganser.methods._options import option
 from merganser.methods._search import Choice, Search, Trials
 from merganser.methods.average import Average
@@ -20,7 +21,7 @@ class GreedySoup(Search, name="greedy_soup"):
     if the score rises (``strict``), or does not fall. Models of equal score are taken in the reverse of their order, as
     the authors' code does, or in their order without `strict`, as in sparse model soups.
 
-    One merge and one evaluation per model, 2 models - 1 in all. Weights are not used; `scale` is that of the average.
+    One merge and one evaluation per model, 2 models - 1 in all. There are no weights; `scale` is that of the average.
     """
 
     strict: bool = option(True, "keep a model only if the score rises, not if it stays")
@@ -35,6 +36,11 @@ class GreedySoup(Search, name="greedy_soup"):
         work=2,
     )
     base_is_model = True
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """The models that are chosen count the same: there are no weights."""
+        super().check(models, weights)
+        check_equal(self, weights)
 
     def search(self, trials: Trials) -> Choice:
         """Score every model alone, then add greedily."""

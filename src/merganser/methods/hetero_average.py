@@ -11,7 +11,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, Role, layer_counts, layer_of
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About
+from merganser.methods._base import About, check_equal
 from merganser.methods._block import Block, Context
 from merganser.methods._compass import compass
 from merganser.methods._options import list_option, option
@@ -43,7 +43,7 @@ class HeteroAverage(Search, name="hetero_average"):
     for the output head; ``layerwise`` is a block per layer; `pivots` are the last layers of all blocks but the last.
     Outside the layers, embeddings have the ratio of the first block, everything else the mean of the ratios.
 
-    Two reads and one pass per merge. Weights are not used.
+    Two reads and one pass per merge. There are no weights beside the ratios.
     """
 
     ratios: tuple[float, ...] = list_option((), "one for all blocks, or one per block; searched if empty", whole=False)
@@ -90,6 +90,11 @@ class HeteroAverage(Search, name="hetero_average"):
         """The base, where it is one of the two or the scale is not 1; an evaluator, where ratios are searched."""
         base = {"base"} if models == 1 or self.scale != 1 else set()
         return frozenset(base | ({"evaluator"} if self.searching else set()))
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """The ratios say how much of each model is taken: there are no weights."""
+        super().check(models, weights)
+        check_equal(self, weights)
 
     @property
     def searching(self) -> bool:

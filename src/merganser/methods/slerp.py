@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.kernels import Partials
-from merganser.methods._base import About, Method
+from merganser.methods._base import About, Method, check_equal
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 
@@ -44,6 +44,11 @@ class Slerp(Method, name="slerp"):
     def requires(self, models: int) -> frozenset[str]:
         """The base, where it is a pole or the scale is not 1."""
         return frozenset({"base"}) if models == 1 or self.scale != 1 else frozenset()
+
+    def check(self, models: int, weights: Sequence[float]) -> None:
+        """`t` says how much of each model is taken: there are no weights."""
+        super().check(models, weights)
+        check_equal(self, weights)
 
     def buffers(self, models: int) -> int:
         """The two poles, and the float64 copies of them during the first pass."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from merganser import kernels
 from merganser._torch import torch
 from merganser.errors import InputError, Place
-from merganser.methods._base import About, check_normalisable
+from merganser.methods._base import About, check_equal, check_normalisable
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
 from merganser.methods._search import Choice, Search, Trials
@@ -31,7 +31,7 @@ class SparseSoup(Search, name="sparse_soup"):
     where all models have a zero, and stored masks become their union. Tensors without a mask are averaged.
 
     With ``greedy`` an evaluator chooses the models, as sparse model soups do: added by falling score, in their order
-    where scores tie, and kept if the score does not fall (``2 models - 1`` evaluations; weights are not used).
+    where scores tie, and kept if the score does not fall (``2 models - 1`` evaluations; there are no weights).
 
     Batch normalisation: averaged running statistics do not fit the merged weights. Estimate them again with
     ``merganser.training.update_batch_norm``, in the evaluator too.
@@ -66,9 +66,11 @@ class SparseSoup(Search, name="sparse_soup"):
         return self.greedy
 
     def check(self, models: int, weights: Sequence[float]) -> None:
-        """The weights must not sum to zero."""
+        """The weights must not sum to zero; models that are chosen count the same, without any."""
         super().check(models, weights)
         check_normalisable(self, weights)
+        if self.greedy:
+            check_equal(self, weights)
 
     def buffers(self, models: int) -> int:
         """The sum, the model and the mask that are being added, the first mask and the union."""
