@@ -115,7 +115,7 @@ def test_signed_selection_is_that_of_sorting(
             yield block.model(index)
 
     ranks = [0, 1, 1000, 2400, 2500, 2501, 2600, 3333, 4998, 4999]
-    (found,) = _select.select(stream.context(tensors, 0), [ranks], values, signed=True)
+    (found,) = _select.select(stream.context(tensors, 0), [ranks], _select.Values(values), signed=True)
     assert found == numbers.sort().values[ranks].tolist()
 
 

@@ -45,7 +45,13 @@ def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
         ("ties", {"count": "exact"}),
         ("ties", {"count": "exact", "trim": "tensor"}),
         ("breadcrumbs", {"density": 0.7, "gamma": 0.01, "election": "ties"}),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.2, "scale": 0.7}),
+        ("breadcrumbs", {"density": 0.95, "gamma": 0.0, "merge": "mean"}),
+        ("breadcrumbs", {"count": "mergellm", "election": "ties", "merge": "sum"}),
         ("sce", {"select": 0.1}),
+        ("sce", {"select": 0.6, "scale": 0.7}),
+        ("sce", {"select": 0.0}),
+        ("sce", {}),
         ("consensus", {}),
         ("della", {"density": 0.5}),
     ],
@@ -57,18 +63,58 @@ def test_merges_of_weights_as_files_have_them(
     base, *tuned = bfloat16_models(models, coarse)
     results: list[dict[str, torch.Tensor]] = []
     calls: list[object] = []
-    around = kernels.Stored.around
+    around, merged = kernels.Stored._around, kernels.Combination.merge_stored
 
-    def counted(stored: kernels.Stored, model: int, intervals: list[tuple[int, int]]) -> object:
+    def counted(stored: kernels.Stored, split: object, intervals: list[tuple[int, int]]) -> object:
         calls.append(intervals)
-        return around(stored, model, intervals)
+        return around(stored, split, intervals)
 
-    monkeypatch.setattr(kernels.Stored, "around", counted)
+    def combined(rule: kernels.Combination, *rest: Any) -> object:
+        calls.append(rule)
+        return merged(rule, *rest)
+
+    monkeypatch.setattr(kernels.Stored, "_around", counted)
+    monkeypatch.setattr(kernels.Combination, "merge_stored", combined)
     for on in (False, True):
         with accelerated(on):
             results.append(merganser.merge(tuned, method=method, base=base, **options))
-        assert bool(calls) == (on and method in ("ties", "breadcrumbs") and options.get("density") != 1.0)
+        assert any(isinstance(call, list) for call in calls) == (
+            on
+            and method in ("ties", "breadcrumbs", "sce")
+            and options.get("density") != 1.0
+            and (method != "sce" or options.get("select", 1.0) < 1)
+        )
+        assert any(isinstance(call, kernels.Combination) for call in calls) == (
+            on and method in ("ties", "breadcrumbs", "sce") and options.get("count") != "exact"
+        )
     assert all(same(results[0][name], results[1][name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("breadcrumbs", {}), ("breadcrumbs", {"election": "ties"}), ("sce", {})]
+)
+def test_weighted_merges_of_weights_as_files_have_them(method: str, options: dict[str, Any]) -> None:
+    base, *tuned = bfloat16_models(2, True)
+    results = []
+    for on in (False, True):
+        with accelerated(on):
+            results.append(merganser.merge(tuned, method=method, base=base, weights=[0.3, 1.7], **options))
+    assert all(same(results[0][name], results[1][name]) for name in base)
+
+
+@pytest.mark.parametrize("numel", [0, 5, 1024, 16384, 50000])
+@pytest.mark.parametrize("least", [0.0, 1e-6])
+def test_energies(numel: int, least: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, *models = (torch.randn(numel, generator=generator).mul(0.02).bfloat16() for _ in range(4))
+    deltas = [model.float() - base.float() for model in models]
+    kept = kernels.variance(deltas, torch.empty(numel)) >= least
+    vectors = [torch.where(kept, delta, 0.0) for delta in deltas]
+    with accelerated(True):
+        found = kernels.Stored(base, models, torch.empty_like(base)).energies(least)
+    for own, vector in zip(found, vectors, strict=True):
+        assert own.tolist() == kernels.ordered_squares(vector).tolist()
+        assert own.sum() == pytest.approx(float(vector.double().square().sum()), rel=1e-12)
 
 
 def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> None:

@@ -23,6 +23,7 @@ from merganser.kernels._arithmetic import (
     mask_,
     next_above,
     nonzero,
+    ordered_squares,
     positions,
     row_dots,
     row_l1,
@@ -30,7 +31,7 @@ from merganser.kernels._arithmetic import (
 )
 from merganser.kernels._compiled import accelerate
 from merganser.kernels._convert import convert
-from merganser.kernels._disjoint import Disjoint, variance
+from merganser.kernels._disjoint import Combination, Disjoint, Limits, Sum, variance
 from merganser.kernels._random import (
     drop_mask,
     keep_mask,
@@ -54,10 +55,13 @@ __all__ = [
     "CHUNK",
     "Around",
     "Bracket",
+    "Combination",
     "Disjoint",
+    "Limits",
     "Partials",
     "RankCounter",
     "Stored",
+    "Sum",
     "accelerate",
     "at_least",
     "balance",
@@ -80,6 +84,7 @@ __all__ = [
     "mask_",
     "next_above",
     "nonzero",
+    "ordered_squares",
     "place_by_rank",
     "positions",
     "row_dots",

@@ -32,6 +32,7 @@ __all__ = [
     "mask_",
     "next_above",
     "nonzero",
+    "ordered_squares",
     "positions",
     "row_dots",
     "row_l1",
@@ -47,6 +48,10 @@ _DOT = 1 << 13
 
 CHUNK = 1 << 14
 """Elements over which floating-point reductions run; blocks begin at multiples of it."""
+
+
+LANES = 1 << 10
+"""Sums of a chunk that `ordered_squares` makes side by side."""
 
 
 def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -171,6 +176,22 @@ def _times(other: torch.Tensor, x: torch.Tensor, first: int, last: int) -> torch
 def chunk_squares(x: torch.Tensor) -> Partials:
     """Squared norms of a flat block over consecutive chunks, accumulated in float64."""
     return chunk_products((x,), ((0, 0),))[0]
+
+
+def ordered_squares(x: torch.Tensor) -> Partials:
+    """`chunk_squares` whose additions have an order of their own, which compiled loops follow.
+
+    Number j of every `LANES` elements of a chunk is added to sum j, in float64; then the second half of the sums to the
+    first, until one is left.
+    """
+    padded = torch.nn.functional.pad(x, (0, -x.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES)
+    sums = x.new_zeros(len(padded), LANES, dtype=torch.float64)
+    for step in range(padded.shape[1]):
+        sums += padded[:, step].double().square_()
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums.view(-1).cpu().numpy()
 
 
 def chunk_l1(a: torch.Tensor) -> Partials:

@@ -1,11 +1,12 @@
-"""Several vectors at once: the disjoint merge, which elects a sign per entry, and the variance."""
+"""Several vectors at once: the disjoint merge, which elects a sign per entry, sums, and the variance."""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,9 @@ import numpy.typing as npt
 from merganser._torch import torch
 from merganser.kernels._arithmetic import balance, count_ones, flip_, nonzero, positions, sign_bits_, trim_below_
 from merganser.kernels._compiled import loops
-from merganser.kernels._stored import Stored
+from merganser.kernels._stored import Stored, addresses
 
-__all__ = ["Disjoint", "variance"]
+__all__ = ["Combination", "Disjoint", "Limits", "Sum", "variance"]
 
 _TILE = 1 << 13
 """Elements whose float64 copies stay in the cache."""
@@ -23,10 +24,71 @@ _TILE = 1 << 13
 _NONE = np.zeros((0, 2), dtype=np.int64)
 
 _TAKE = {"mean": 0, "sum": 1, "max": 2}
+_ALL = 3
+
+Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, float]"
+"""What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0; the scale."""
 
 
 @dataclass(frozen=True)
-class Disjoint:
+class Limits:
+    """Which entries of task vectors count.
+
+    Attributes:
+        floors: for each vector the magnitude below which its entries count as zero.
+        caps: that from which on they count as zero, too; infinite if None.
+        least: where it is above zero, entries whose variance over the vectors is smaller count as zero.
+    """
+
+    floors: Sequence[float]
+    caps: Sequence[float] | None = None
+    least: float = 0.0
+
+
+class Combination(ABC):
+    """What becomes of the task vectors of a block."""
+
+    @abstractmethod
+    def _rule(self) -> Rule:
+        """For compiled loops."""
+
+    def merge_stored(
+        self, stored: Stored, limits: Limits, counts: npt.NDArray[np.int64] | None = None
+    ) -> tuple[int, bool]:
+        """The merge of ``t_i = W_i - W_0`` of a block as files have it, rounded to its type, in its buffer.
+
+        The bits are those of the merge of task vectors without the entries that do not count. Where `counts` is given
+        (models x 2), the numbers of magnitudes below each floor, and equal to it, are added to it.
+
+        Returns:
+            How many more sums are positive than negative, and whether there are entries that are not zero but add up
+            to zero; zeros where no sign is elected.
+
+        Complexity: one pass through memory at half the width.
+        """
+        fast = loops()
+        assert fast is not None
+        base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
+        rows = np.array((limits.floors, limits.caps or [np.inf] * len(limits.floors)), dtype=np.float32)
+        found = fast.merge_stored(
+            addresses(stored.models), rows, limits.least, *self._rule(), base, out, _NONE if counts is None else counts
+        )
+        return int(found[0]), bool(found[1])
+
+
+@dataclass(frozen=True)
+class Sum(Combination):
+    """``W = W_0 + scale sum_i t_i``, the sum in the order of the models."""
+
+    models: int
+    scale: float = 1.0
+
+    def _rule(self) -> Rule:
+        return np.ones((3, self.models), dtype=np.float32), _ALL, 0, self.scale
+
+
+@dataclass(frozen=True)
+class Disjoint(Combination):
     """``W = W_0 + scale s sum_i f_i |v_i| / sum_i d_i`` over the models i for which ``sign(v_i) = s``, entry by entry.
 
     Here ``v_i = w_i t_i``, ``s = sign(sum_i v_i)``, and both sums run in the order of the models.
@@ -71,33 +133,13 @@ class Disjoint:
         fast = loops(*vectors, base, out)
         if fast is None:
             return self._merge(vectors, base, out, floors or [0.0] * len(vectors))
-        found = fast.disjoint(*self._arguments(vectors, floors), base.numpy(), out.numpy())
+        limits = np.array(floors or [0.0] * len(vectors), dtype=np.float32)
+        found = fast.disjoint(addresses(vectors), limits, *self._rule(), base.numpy(), out.numpy())
         return int(found[0]), bool(found[1])
 
-    def merge_stored(
-        self, stored: Stored, floors: Sequence[float], counts: npt.NDArray[np.int64] | None = None
-    ) -> tuple[int, bool]:
-        """`merge` of ``t_i = W_i - W_0`` of a block as files have it, rounded to its type, in its buffer.
-
-        The bits are those of `merge`. Where `counts` is given (models x 2), the numbers of magnitudes below each floor,
-        and equal to it, are added to it.
-
-        Complexity: one pass through memory at half the width.
-        """
-        fast = loops()
-        assert fast is not None
-        base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
-        found = fast.disjoint_stored(
-            *self._arguments(stored.models, floors), base, out, _NONE if counts is None else counts
-        )
-        return int(found[0]), bool(found[1])
-
-    def _arguments(self, vectors: Sequence[torch.Tensor], floors: Sequence[float] | None) -> tuple[Any, ...]:
-        """What the compiled loops want to know."""
-        count = len(vectors)
-        rows = (floors or [0.0] * count, self.weights, self.factors or [1.0] * count, self.sizes)
-        narrow = (np.array(row, dtype=np.float32) for row in rows)
-        return _addresses(vectors), *narrow, _TAKE[self.take], self.zero, self.scale
+    def _rule(self) -> Rule:
+        rows = (self.weights, self.factors or [1.0] * len(self.weights), self.sizes)
+        return np.array(rows, dtype=np.float32), _TAKE[self.take], self.zero, self.scale
 
     def _merge(
         self,
@@ -174,7 +216,7 @@ def variance(vectors: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor
     Complexity: O(vectors^2 x elements).
     """
     if (fast := loops(*vectors, out)) is not None:
-        fast.variance(_addresses(vectors), out.numpy())
+        fast.variance(addresses(vectors), out.numpy())
         return out
     step = _TILE if out.device.type == "cpu" else max(1, out.numel())
     for first in range(0, out.numel(), step):
@@ -185,7 +227,3 @@ def variance(vectors: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor
             total.add_(gap.mul_(gap))
         out[first : first + step] = total.div_(len(vectors) ** 2)
     return out
-
-
-def _addresses(vectors: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
-    return np.array([vector.data_ptr() for vector in vectors], dtype=np.int64)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from merganser._torch import torch
+from merganser.kernels._arithmetic import CHUNK, Partials
 from merganser.kernels._compiled import loops
 from merganser.kernels._ranks import room
 
-__all__ = ["Around", "Stored", "takes_stored"]
+__all__ = ["Around", "Stored", "addresses", "takes_stored"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,35 @@ class Stored:
         fast = loops()
         assert fast is not None
         own, base = (x.view(torch.uint16).numpy() for x in (self.models[model], self.base))
-        count = len(intervals)
-        inside = room.of(count * own.size)[: count * own.size].reshape(count, own.size)
+        return self._around(lambda *rest: fast.split_stored(own, base, *rest), intervals)
+
+    def variance_around(self, intervals: Sequence[tuple[int, int]]) -> tuple[int, list[Around]]:
+        """The same of the variance of the task vectors over the models."""
+        fast = loops()
+        assert fast is not None
+        own, base = addresses(self.models), self.base.view(torch.uint16).numpy()
+        return self._around(lambda *rest: fast.split_variances(own, base, *rest), intervals)
+
+    def _around(self, split: Callable[..., int], intervals: Sequence[tuple[int, int]]) -> tuple[int, list[Around]]:
+        count, size = len(intervals), self.base.numel()
+        inside = room.of(count * size)[: count * size].reshape(count, size)
         counts = np.zeros((count, 3), dtype=np.int64)
-        zeros = fast.split_stored(own, base, np.array(intervals, dtype=np.int64), inside, counts)
+        zeros = split(np.array(intervals, dtype=np.int64), inside, counts)
         found = zip(counts.tolist(), inside, strict=True)
-        return int(zeros), [Around(below, first, row[:size]) for (below, first, size), row in found]
+        return int(zeros), [Around(below, first, row[:number]) for (below, first, number), row in found]
+
+    def energies(self, least: float) -> list[Partials]:
+        """`ordered_squares` of the task vectors, without entries of a variance over the models below `least`."""
+        fast = loops()
+        assert fast is not None
+        sums = np.zeros((len(self.models), -(-self.base.numel() // CHUNK)))
+        fast.energies_stored(addresses(self.models), self.base.view(torch.uint16).numpy(), least, sums)
+        return list(sums)
+
+
+def addresses(vectors: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
+    """Of the first elements, for compiled loops."""
+    return np.array([vector.data_ptr() for vector in vectors], dtype=np.int64)
 
 
 def takes_stored(dtypes: Iterable[torch.dtype]) -> bool:

@@ -17,8 +17,23 @@ _SHARE = 1 / 64
 _MARGIN = 0.004
 _CLEAR = 0.001
 
-Values = Callable[[Block, Sequence[int]], "Iterator[torch.Tensor]"]
-"""For a block and some models, one flat tensor for each of them; it may be overwritten before the next is taken."""
+
+@dataclass(frozen=True)
+class Values:
+    """Numbers that belong to the entries of the models.
+
+    Attributes:
+        of: for a block and some models, one flat tensor for each of them; it may be overwritten before the next is
+            taken.
+        around: for a block as files have it, a model and intervals of keys, what `Stored.around` says of the numbers.
+    """
+
+    of: Callable[[Block, Sequence[int]], Iterator[torch.Tensor]]
+    around: Callable[[kernels.Stored, int, Sequence[tuple[int, int]]], tuple[int, list[kernels.Around]]] | None = None
+
+    def __call__(self, block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The numbers."""
+        return self.of(block, models)
 
 
 @dataclass(frozen=True)
@@ -59,9 +74,12 @@ class Threshold:
         return kernels.trim_below_(delta, floor) if floor else delta
 
 
-def task_vectors(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
-    """The task vectors of some models, one after the other in the same buffer."""
+def _deltas(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
     return (block.delta(index, slot=0) for index in models)
+
+
+task_vectors = Values(_deltas, lambda stored, model, intervals: stored.around(model, intervals))
+"""The task vectors, one after the other in the same buffer."""
 
 
 def exact_thresholds(
@@ -234,20 +252,20 @@ def _count(
     wanted = [index for index, own in enumerate(brackets) if not all(bracket.found for bracket in own)]
 
     def count(block: Block) -> None:
-        direct = values is task_vectors and not any(counter.full for index in wanted for counter in counters[index])
-        stored = block.stored() if direct else None
-        if stored is not None:
+        around = None if any(counter.full for index in wanted for counter in counters[index]) else values.around
+        stored = None if around is None else block.stored()
+        if stored is not None and around is not None:
             for index in wanted:
                 size = stored.base.numel()
                 intervals = [(bracket.low, bracket.high) for bracket in brackets[index]]
-                for around, counter in zip(stored.around(index, intervals)[1], counters[index], strict=True):
-                    counter.take(around.below, around.first, torch.from_numpy(around.inside), size)
+                for found, counter in zip(around(stored, index, intervals)[1], counters[index], strict=True):
+                    counter.take(found.below, found.first, torch.from_numpy(found.inside), size)
             return
         for index, numbers in zip(wanted, values(block, wanted), strict=True):
-            found = keys(numbers)
+            own = keys(numbers)
             for bracket, counter in zip(brackets[index], counters[index], strict=True):
                 if not bracket.found:
-                    counter.add(found)
+                    counter.add(own)
 
     for _ in context.each(count, share=share):
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from merganser import kernels
 from merganser._torch import torch
@@ -14,7 +14,7 @@ from merganser.methods._select import Threshold
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.methods.ties import Ties, TiesState
 
-__all__ = ["l1_factors", "second_stage", "second_state"]
+__all__ = ["combination", "l1_factors", "second_stage", "second_state"]
 
 
 def second_stage(election: str, merge: str, scale: float) -> Method:
@@ -33,6 +33,15 @@ def second_stage(election: str, merge: str, scale: float) -> Method:
 def second_state(stage: Method, models: int) -> State:
     """The state of the second stage, which needs no passes: nothing is trimmed any more."""
     return TiesState({None: (Threshold(0.0),) * models}, majority={None: 1}) if isinstance(stage, Ties) else None
+
+
+def combination(stage: Method, weights: Sequence[float]) -> kernels.Combination | None:
+    """The second stage for weights as files have them; None where there are no loops for it."""
+    if isinstance(stage, Ties):
+        return stage.election(weights, 1)
+    assert isinstance(stage, TaskArithmetic)
+    # a weighted sum is rounded in another way
+    return kernels.Sum(len(weights), stage.factor(weights)) if all(weight == 1 for weight in weights) else None
 
 
 def l1_factors(

@@ -107,9 +107,9 @@ class _Piece:
 
 
 def _pieces(block: Block, intervals: Sequence[Sequence[Interval]], values: Values) -> Iterator[_Piece]:
-    stored = block.stored() if values is task_vectors else None
+    stored = None if values.around is None else block.stored()
     if stored is not None:
-        yield from (_stored_piece(stored, index, own) for index, own in enumerate(intervals))
+        yield from (_stored_piece(stored, index, own, values) for index, own in enumerate(intervals))
         return
     for numbers, own in zip(values(block, range(len(intervals))), intervals, strict=True):
         magnitude = numbers.abs_()
@@ -121,10 +121,12 @@ def _pieces(block: Block, intervals: Sequence[Sequence[Interval]], values: Value
         yield _Piece(kernels.count_ones(kernels.nonzero(magnitude)), tuple(above), tuple(inside))
 
 
-def _stored_piece(stored: kernels.Stored, model: int, intervals: Sequence[Interval]) -> _Piece:
+def _stored_piece(stored: kernels.Stored, model: int, intervals: Sequence[Interval], values: Values) -> _Piece:
     """The same of a block as files have it."""
+    assert values.around is not None
     size, above, inside = stored.base.numel(), [], []
-    zeros, found = stored.around(model, [(kernels.value_key(low), kernels.value_key(high)) for low, high in intervals])
+    keys = [(kernels.value_key(low), kernels.value_key(high)) for low, high in intervals]
+    zeros, found = values.around(stored, model, keys)
     for around, (low, high) in zip(found, intervals, strict=True):
         lower = around.below + around.first + around.inside.size
         above.append(0 if math.isinf(high) else size - lower)

@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method
-from merganser.methods._block import Block, Context, Transform, TransformedBlock
+from merganser.methods._block import Block, BlockKey, Context, TransformedBlock
 from merganser.methods._options import option, per_model
-from merganser.methods._stages import l1_factors, second_stage, second_state
+from merganser.methods._select import Threshold
+from merganser.methods._stages import combination, l1_factors, second_stage, second_state
 from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Breadcrumbs"]
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """What earlier passes found, by tensor: for every model the band of magnitudes that are kept, and a factor.
+
+    Attributes:
+        thresholds: of what is kept together with the outliers, and of the outliers.
+        factors: that keep the L1 norm; None if it is not kept.
+    """
+
+    thresholds: Mapping[str, Sequence[tuple[Threshold, ...]]]
+    factors: Mapping[str, list[float]] | None = None
+
+    def cut(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
+        """What is kept of a task vector, in place."""
+        outer, top = self.thresholds[block.key.name][index]
+        outliers = block.buffer("outliers")
+        outer.trim(delta, block.key)
+        top.trim(outliers.copy_(delta), block.key)
+        delta.sub_(outliers)
+        return delta if self.factors is None else delta.mul_(self.factors[block.key.name][index])
+
+    def limits(self, key: BlockKey) -> kernels.Limits | None:
+        """The bands of a block; None if only some of the entries at an end of one belong to it."""
+        floors, caps = [], []
+        for outer, top in self.thresholds[key.name]:
+            floor, cap = outer.floor(key, torch.float32), top.floor(key, torch.float32)
+            if floor is None or cap is None:
+                return None
+            floors.append(floor)
+            caps.append(cap)
+        return kernels.Limits(floors, caps)
 
 
 @dataclass(frozen=True)
@@ -78,30 +113,29 @@ class Breadcrumbs(Method, name="breadcrumbs"):
         outliers = min(int(gamma * numel), numel - inside)
         return inside + outliers, outliers
 
-    def prepare(self, context: Context) -> Transform:
+    def reads_stored(self) -> bool:
+        """Everywhere but where entries of equal magnitude are cut."""
+        return self.rescale == "none"
+
+    def prepare(self, context: Context) -> _Bands:
         """The thresholds of every tensor, and the L1 norms if they are asked for."""
         counts = {
             name: [self.kept(spec.numel, index) for index in range(context.models)]
             for name, spec in context.specs.items()
         }
-        bands = tensor_thresholds(context, lambda name, nonzero: counts[name])
+        bands = _Bands(tensor_thresholds(context, lambda name, nonzero: counts[name]))
+        return bands if self.rescale == "none" else replace(bands, factors=l1_factors(context, bands.cut))
 
-        def cut(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
-            outer, top = bands[block.key.name][index]
-            outliers = block.buffer("outliers")
-            outer.trim(delta, block.key)
-            top.trim(outliers.copy_(delta), block.key)
-            return delta.sub_(outliers)
-
-        if self.rescale == "none":
-            return cut
-        factors = l1_factors(context, cut)
-        return lambda block, index, delta: cut(block, index, delta).mul_(factors[block.key.name][index])
-
-    def merge(self, block: Block, state: Transform) -> torch.Tensor:
+    def merge(self, block: Block, state: _Bands) -> torch.Tensor:
         """The second stage on what is kept."""
         second = self._second()
-        return second.merge(TransformedBlock(block, state), second_state(second, len(block.weights)))
+        limits = None if state.factors else state.limits(block.key)
+        combined = None if limits is None else combination(second, block.weights)
+        stored = None if combined is None else block.stored()
+        if limits is not None and combined is not None and stored is not None:
+            combined.merge_stored(stored, limits)
+            return stored.out
+        return second.merge(TransformedBlock(block, state.cut), second_state(second, len(block.weights)))
 
-    def review(self, state: Transform, notes: Mapping[str, int]) -> None:
+    def review(self, state: _Bands, notes: Mapping[str, int]) -> None:
         """Every block stands: an elected sign of 0 is +."""

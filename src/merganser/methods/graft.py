@@ -12,7 +12,7 @@ from merganser.errors import Place, RecipeError
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._options import Tensors, option, tensors_option
-from merganser.methods._select import select
+from merganser.methods._select import Values, select
 
 __all__ = ["Graft"]
 
@@ -66,7 +66,7 @@ class Graft(Method, name="graft"):
             length = None if _grafted(block.spec) else 0
             return (block.delta(index, slot=0)[:length] for index in models)
 
-        found = select(context, [[numel - count]] * context.models, values, numel=numel)
+        found = select(context, [[numel - count]] * context.models, Values(values), numel=numel)
         return tuple(own for (own,) in found)
 
     def merge(self, block: Block, state: tuple[float, ...]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from merganser._torch import torch
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
-from merganser.methods._select import select, task_vectors
+from merganser.methods._select import Values, select, task_vectors
 
 __all__ = ["Pcb"]
 
@@ -130,7 +130,7 @@ class Pcb(Method, name="pcb"):
                 yield score
 
         ranks = [[] if own is None else [rank] for own in magnitudes]
-        thresholds = select(context, ranks, values, signed=True)
+        thresholds = select(context, ranks, Values(values), signed=True)
         return tuple(_Range(own[0], max(tops)) if own else None for own, tops in zip(thresholds, largest, strict=True))
 
     def merge(self, block: Block, state: _PcbState) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merganser import kernels
@@ -13,10 +13,13 @@ from merganser.kernels import Partials
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._options import option
-from merganser.methods._select import Threshold
+from merganser.methods._select import Threshold, Values
 from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Sce"]
+
+_SMALLEST = 2.0**-149
+"""The smallest positive float32."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class Sce(Method, name="sce"):
         """Energies and merge; a selection ranks the variances before."""
         return 2 if self.select == 1 else 3
 
+    def reads_stored(self) -> bool:
+        """Everywhere but where entries of equal variance are cut."""
+        return True
+
     def buffers(self, models: int) -> int:
         """One per model, and five for sums, variances and masks."""
         return models + 5
@@ -77,7 +84,7 @@ class Sce(Method, name="sce"):
         """The thresholds of the variance, and the energies of what they leave."""
         thresholds = dict.fromkeys(context.specs, Threshold(0.0))
         if self.select < 1:
-            found = tensor_thresholds(context, lambda name, n: [[int(n[0] * self.select)]], _variances, models=1)
+            found = tensor_thresholds(context, lambda name, n: [[int(n[0] * self.select)]], _VARIANCES, models=1)
             thresholds |= {name: threshold for name, ((threshold,),) in found.items()}
         shares: dict[str, list[float]] = {}
         state = _SceState(thresholds, shares)
@@ -100,22 +107,38 @@ class Sce(Method, name="sce"):
                 kernels.mask_(delta, kept)
         return deltas
 
+    def _least(self, block: Block, state: _SceState) -> float | None:
+        """The variance from which on entries are kept, 0 for all; None if some of equal variance are not."""
+        floor = state.thresholds[block.key.name].floor(block.key, torch.float32)
+        return floor if floor is None or self.select == 1 else max(floor, _SMALLEST)
+
     def _energies(self, block: Block, state: _SceState) -> list[Partials]:
-        return [kernels.chunk_squares(delta) for delta in self._selected(block, state)]
+        least = self._least(block, state)
+        stored = None if least is None else block.stored()
+        if stored is not None and least is not None:
+            return stored.energies(least)
+        return [kernels.ordered_squares(delta) for delta in self._selected(block, state)]
 
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""
-        shares, merged = state.shares[block.key.name], block.buffer("total")
+        shares, least = state.shares[block.key.name], self._least(block, state)
         sizes = [weight * share for weight, share in zip(block.weights, shares, strict=True)]
         election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale)
+        stored = None if least is None else block.stored()
+        if stored is not None and least is not None:
+            election.merge_stored(stored, kernels.Limits([0.0] * len(sizes), least=least))
+            return stored.out
+        merged = block.buffer("total")
         election.merge(self._selected(block, state), block.base, merged)
         return merged
-
-
-def _variances(block: Block, models: Sequence[int]) -> Iterator[torch.Tensor]:
-    return iter((_variance(block, block.deltas()),))
 
 
 def _variance(block: Block, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """The variance of the task vectors over the models, entry by entry, in a buffer."""
     return kernels.variance(deltas, block.buffer("variance"))
+
+
+_VARIANCES = Values(
+    lambda block, models: iter((_variance(block, block.deltas()),)),
+    lambda stored, model, intervals: stored.variance_around(intervals),
+)

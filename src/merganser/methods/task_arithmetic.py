@@ -53,5 +53,8 @@ class TaskArithmetic(Method, name="task_arithmetic"):
             total.mul_(block.weights[0])
         for index, weight in enumerate(block.weights[1:], 1):
             total.add_(block.delta(index, slot=1), alpha=weight)
-        scale = self.scale / math.fsum(block.weights) if self.normalize else self.scale
-        return total.mul_(scale).add_(block.base)
+        return total.mul_(self.factor(block.weights)).add_(block.base)
+
+    def factor(self, weights: Sequence[float]) -> float:
+        """What multiplies the sum."""
+        return self.scale / math.fsum(weights) if self.normalize else self.scale

@@ -153,7 +153,8 @@ class Ties(Method, name="ties"):
             return {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
         return {name: tuple(Threshold(own.value) for (own,) in thresholds) for name, thresholds in found.items()}
 
-    def _election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
+    def election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
+        """The merge of what is left."""
         return kernels.Disjoint(weights, [abs(w) for w in weights], take=self.merge_, zero=zero, scale=self.scale)
 
     def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
@@ -170,18 +171,20 @@ class Ties(Method, name="ties"):
     def _balance(self, block: Block, state: TiesState) -> int:
         """How many more sums of task vectors are positive than negative."""
         vectors, floors = self._vectors(block, state)
-        return kernels.balance(self._election(block.weights, 1).total(vectors, floors, block.buffer("total")))[0]
+        return kernels.balance(self.election(block.weights, 1).total(vectors, floors, block.buffer("total")))[0]
 
     def merge(self, block: Block, state: TiesState) -> torch.Tensor:
         """The disjoint merge of one block."""
         region = self._region(block.key)
-        election = self._election(block.weights, state.majority[region])
+        election = self.election(block.weights, state.majority[region])
         floors = [threshold.floor(block.key, torch.float32) for threshold in state.thresholds[region]]
         stored = None if None in floors else block.stored()
         if stored is not None:
             merged = stored.out
             counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
-            balance, doubtful = election.merge_stored(stored, [floor or 0.0 for floor in floors], counts)
+            balance, doubtful = election.merge_stored(
+                stored, kernels.Limits([floor or 0.0 for floor in floors]), counts
+            )
             if counts is not None:
                 for index, (below, equal) in enumerate(counts.tolist()):
                     block.note(f"below {index}", below)

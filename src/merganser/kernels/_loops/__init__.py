@@ -6,20 +6,23 @@ released.
 """
 
 from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
-from merganser.kernels._loops._disjoint import disjoint, disjoint_stored, variance
+from merganser.kernels._loops._disjoint import disjoint, variance
 from merganser.kernels._loops._random import drop, keep
-from merganser.kernels._loops._ranks import place_by_rank, split, split_stored, tally
+from merganser.kernels._loops._ranks import place_by_rank, split, tally
+from merganser.kernels._loops._stored import energies_stored, merge_stored, split_stored, split_variances
 
 __all__ = [
     "disjoint",
-    "disjoint_stored",
     "drop",
+    "energies_stored",
     "finite",
     "keep",
+    "merge_stored",
     "narrow",
     "place_by_rank",
     "split",
     "split_stored",
+    "split_variances",
     "tally",
     "variance",
     "widen",

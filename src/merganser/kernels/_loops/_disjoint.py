@@ -1,16 +1,55 @@
-"""The disjoint merge, and the variance over models."""
+"""The disjoint merge, sums, and the variance over models."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._convert import narrow_tile, widen_tile
-from merganser.kernels._loops._jit import Array, compiled, float32_pointer, uint16_pointer, vector_at
+from merganser.kernels._loops._jit import Array, compiled, float32_pointer, vector_at
 
-__all__ = ["disjoint", "disjoint_stored", "variance"]
+__all__ = ["combine", "disjoint", "variance", "variance_tile"]
 
 _TILE = 1024
 """Elements whose intermediate results stay in the first-level cache."""
+
+_ALL = 3
+"""Of what is taken: the sum of all entries, without an election."""
+
+
+@compiled
+def combine(
+    vectors: Array, count: int, table: Array, take: int, zero: int, scale: float, base: Array, out: Array, room: Array
+) -> tuple[int, bool]:
+    """The merge of the first `count` entries of trimmed vectors, the rows of a matrix, which is overwritten.
+
+    Args:
+        vectors: float32.
+        count: of their entries.
+        table: a row of weights, one of factors of what agrees, one of what a vector that agrees adds to the divisor.
+        take: 0 for the mean, 1 for the sum, 2 for the largest of what agrees, 3 for the sum of all without weights.
+        zero: the sign elected where the sum is 0; 0 for none.
+        scale: of the merge.
+        base: is added at last.
+        out: receives the result.
+        room: four rows.
+
+    Returns:
+        How many more sums are positive than negative, and whether entries cancel; zeros without an election.
+    """
+    if take == _ALL:
+        total, scale_ = vectors[0], np.float32(scale)
+        for k in range(1, len(vectors)):
+            vector = vectors[k]
+            for j in range(count):
+                total[j] += vector[j]
+        for j in range(count):
+            out[j] = total[j] * scale_ + base[j]
+        return 0, False
+    for k in range(len(vectors)):
+        vector, weight = vectors[k], table[0, k]
+        if weight != np.float32(1):
+            for j in range(count):
+                vector[j] *= weight
+    return _elect(vectors, count, table[1], table[2], take, zero, scale, base, out, room)
 
 
 @compiled
@@ -69,27 +108,16 @@ def _elect(
 
 @compiled
 def disjoint(
-    addresses: Array,
-    floors: Array,
-    weights: Array,
-    factors: Array,
-    sizes: Array,
-    take: int,
-    zero: int,
-    scale: float,
-    base: Array,
-    out: Array,
+    addresses: Array, floors: Array, table: Array, take: int, zero: int, scale: float, base: Array, out: Array
 ) -> tuple[int, bool]:
     """The disjoint merge of vectors of float32, as `merganser.kernels.disjoint` describes it.
 
     Args:
         addresses: of the first elements of the vectors.
         floors: smaller magnitudes count as zero, per vector.
-        weights: per vector.
-        factors: of what agrees, per vector.
-        sizes: what a vector that agrees adds to the divisor.
-        take: 0 for the mean, 1 for the sum, 2 for the largest.
-        zero: the sign elected where the sum is 0; 0 for none.
+        table: as for `combine`, and all that follow.
+        take: what is taken.
+        zero: the sign elected where the sum is 0.
         scale: of the merge.
         base: is added at last.
         out: receives the result.
@@ -103,77 +131,46 @@ def disjoint(
         count = min(size - first, _TILE)
         for k in range(addresses.size):
             given = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            floor, weight, vector = floors[k], weights[k], vectors[k]
+            floor, vector = floors[k], vectors[k]
             for j in range(count):
-                vector[j] = (none if abs(given[j]) < floor else given[j]) * weight
+                vector[j] = none if abs(given[j]) < floor else given[j]
         own, result = base[first : first + count], out[first : first + count]
-        found = _elect(vectors, count, factors, sizes, take, zero, scale, own, result, room)
+        found = combine(vectors, count, table, take, zero, scale, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
     return balance, doubt
 
 
 @compiled
-def disjoint_stored(
-    addresses: Array,
-    floors: Array,
-    weights: Array,
-    factors: Array,
-    sizes: Array,
-    take: int,
-    zero: int,
-    scale: float,
-    base: Array,
-    out: Array,
-    counts: Array,
-) -> tuple[int, bool]:
-    """`disjoint` of models less their base, all of bfloat16 (as uint16) like the result.
+def variance_tile(vectors: Array, count: int, total: Array, out: Array) -> None:
+    """The variance over the rows of a matrix of float32: ``sum_{i<j} (t_i - t_j)^2 / n^2``, sums in float64.
 
-    Each tile is made float32 and the result bfloat16 again while they are in the first-level cache. Where `counts` has
-    a row for each model, the magnitudes below its floor, and those that equal it, are added to that.
+    Args:
+        vectors: the rows.
+        count: how many entries of them.
+        total: room for as many of float64.
+        out: float32.
     """
-    size, balance, doubt, none = base.size, 0, False, np.float32(0)
-    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
-    own, result = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for first in range(0, size, _TILE):
-        count = min(size - first, _TILE)
-        widen_tile(base[first : first + count], own.view(np.uint32))
-        for k in range(addresses.size):
-            vector, floor, weight = vectors[k], floors[k], weights[k]
-            raw = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count]
-            widen_tile(raw, vector.view(np.uint32))
+    number = np.float64(len(vectors) * len(vectors))
+    for j in range(count):
+        total[j] = 0.0
+    for k in range(len(vectors)):
+        one = vectors[k]
+        for m in range(k + 1, len(vectors)):
+            other = vectors[m]
             for j in range(count):
-                vector[j] -= own[j]
-            if len(counts):
-                below, equal = np.int32(0), np.int32(0)
-                for j in range(count):
-                    below = np.int32(below + np.int32(abs(vector[j]) < floor))
-                    equal = np.int32(equal + np.int32(abs(vector[j]) == floor))
-                counts[k, 0] += below
-                counts[k, 1] += equal
-            for j in range(count):
-                vector[j] = (none if abs(vector[j]) < floor else vector[j]) * weight
-        found = _elect(vectors, count, factors, sizes, take, zero, scale, own, result, room)
-        balance, doubt = balance + found[0], doubt | found[1]
-        narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
-    return balance, doubt
+                gap = np.float64(one[j]) - np.float64(other[j])
+                total[j] += gap * gap
+    for j in range(count):
+        out[j] = np.float32(total[j] / number)
 
 
 @compiled
 def variance(addresses: Array, out: Array) -> None:
-    """The variance over n vectors of float32, entry by entry: ``sum_{i<j} (t_i - t_j)^2 / n^2``, sums in float64."""
-    size, number = out.size, np.float64(addresses.size * addresses.size)
-    total = np.empty(_TILE, np.float64)
+    """The variance over vectors of float32, entry by entry."""
+    size = out.size
+    vectors, total = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float64)
     for first in range(0, size, _TILE):
         count = min(size - first, _TILE)
-        result = out[first : first + count]
-        for j in range(count):
-            total[j] = 0.0
         for k in range(addresses.size):
-            one = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
-            for m in range(k + 1, addresses.size):
-                other = vector_at(float32_pointer(addresses[m]), size, np.float32)[first : first + count]
-                for j in range(count):
-                    gap = np.float64(one[j]) - np.float64(other[j])
-                    total[j] += gap * gap
-        for j in range(count):
-            result[j] = np.float32(total[j] / number)
+            vectors[k, :count] = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
+        variance_tile(vectors, count, total, out[first : first + count])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._convert import widen_tile
 from merganser.kernels._loops._jit import Array, compiled
 
-__all__ = ["place_by_rank", "split", "split_stored", "tally"]
+__all__ = ["place_by_rank", "split", "split_tile", "tally"]
 
 _TILE = 1024
 """Elements whose intermediate results stay in the first-level cache."""
@@ -20,7 +19,7 @@ _MOVES = 64
 
 
 @compiled
-def _split_tile(keys: Array, low: int, high: int, mask: Array, inside: Array) -> tuple[int, int, int]:
+def split_tile(keys: Array, low: int, high: int, mask: Array, inside: Array) -> tuple[int, int, int]:
     """`split` of as many keys as `mask` has bytes, a multiple of 8, or fewer."""
     lowest, limit, count = np.int32(low), np.int32(high), keys.size
     below, first, lower = np.int32(0), np.int32(0), np.int32(0)
@@ -49,44 +48,9 @@ def split(keys: Array, low: int, high: int, inside: Array) -> tuple[int, int, in
     """How many keys (int32) are below `low`, equal to it, and in ``(low, high)``; the last ones go to `inside`."""
     below, first, found, mask = 0, 0, 0, np.empty(_TILE, np.uint8)
     for start in range(0, keys.size, _TILE):
-        own = _split_tile(keys[start : start + _TILE], low, high, mask, inside[found:])
+        own = split_tile(keys[start : start + _TILE], low, high, mask, inside[found:])
         below, first, found = below + own[0], first + own[1], found + own[2]
     return below, first, found
-
-
-@compiled
-def split_stored(raw: Array, base: Array, intervals: Array, inside: Array, counts: Array) -> int:
-    """`split` of the keys of ``|raw - base|``, both bfloat16 (as uint16), finite and of one size, by several intervals.
-
-    Args:
-        raw: of a model.
-        base: of its base.
-        intervals: rows of `low` and `high` (int64).
-        inside: for each interval what lies in it; as many rows of the size of `raw`.
-        counts: for each interval the three numbers, zeros at first.
-
-    Returns:
-        How many differences are zero.
-    """
-    zeros, mask = 0, np.empty(_TILE, np.uint8)
-    gap, minus = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for start in range(0, raw.size, _TILE):
-        size = min(raw.size - start, _TILE)
-        widen_tile(raw[start : start + size], gap.view(np.uint32))
-        widen_tile(base[start : start + size], minus.view(np.uint32))
-        for i in range(size):
-            gap[i] = abs(gap[i] - minus[i])
-        keys, none = gap.view(np.int32)[:size], np.int32(0)
-        for i in range(size):
-            none = np.int32(none + np.int32(keys[i] == 0))
-        zeros += int(none)
-        for k in range(len(intervals)):
-            own = counts[k]
-            found = _split_tile(keys, intervals[k, 0], intervals[k, 1], mask, inside[k, own[2] :])
-            own[0] += found[0]
-            own[1] += found[1]
-            own[2] += found[2]
-    return zeros
 
 
 @compiled

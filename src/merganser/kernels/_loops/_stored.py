@@ -1,0 +1,194 @@
+"""Loops over weights in bfloat16 (as uint16), as files have them.
+
+A tile of the base and of every model is made float32 in the first-level cache; nothing of that type is in memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merganser.kernels._loops._convert import narrow_tile, widen_tile
+from merganser.kernels._loops._disjoint import combine, variance_tile
+from merganser.kernels._loops._jit import Array, compiled, uint16_pointer, vector_at
+from merganser.kernels._loops._ranks import split_tile
+
+__all__ = ["energies_stored", "merge_stored", "split_stored", "split_variances"]
+
+_TILE = 1024
+"""Elements of a tile."""
+
+_CHUNK = 1 << 14
+"""Elements over which energies are summed."""
+
+
+@compiled
+def _deltas(addresses: Array, size: int, first: int, count: int, base: Array, own: Array, vectors: Array) -> None:
+    """The task vectors of a tile, float32, in the rows of a matrix, and the base in `own`."""
+    widen_tile(base[first : first + count], own.view(np.uint32))
+    for k in range(addresses.size):
+        vector = vectors[k]
+        widen_tile(
+            vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count], vector.view(np.uint32)
+        )
+        for j in range(count):
+            vector[j] -= own[j]
+
+
+@compiled
+def _select(vectors: Array, count: int, least: float, total: Array, variance: Array) -> None:
+    """Set the entries to zero whose variance over the rows is below `least`."""
+    none, wall = np.float32(0), np.float32(least)
+    variance_tile(vectors, count, total, variance)
+    for k in range(len(vectors)):
+        vector = vectors[k]
+        for j in range(count):
+            vector[j] = none if variance[j] < wall else vector[j]
+
+
+@compiled
+def merge_stored(
+    addresses: Array,
+    limits: Array,
+    least: float,
+    table: Array,
+    take: int,
+    zero: int,
+    scale: float,
+    base: Array,
+    out: Array,
+    counts: Array,
+) -> tuple[int, bool]:
+    """The merge of models less their base, rounded to bfloat16.
+
+    Args:
+        addresses: of the models' first elements.
+        limits: a row of floors and one of caps: magnitudes below the one, and from the other on, count as zero.
+        least: where it is above zero, entries whose variance over the models is smaller count as zero.
+        table: as for `combine`, and all that follow.
+        take: what is taken.
+        zero: the sign elected where the sum is 0.
+        scale: of the merge.
+        base: is added at last.
+        out: receives the result.
+        counts: where it has a row for each model, the magnitudes below its floor, and those that equal it, are added to
+            that.
+
+    Returns:
+        How many more sums are positive than negative, and whether entries cancel.
+    """
+    size, balance, doubt, none = base.size, 0, False, np.float32(0)
+    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
+    own, result, total = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32), np.empty(_TILE, np.float64)
+    for first in range(0, size, _TILE):
+        count = min(size - first, _TILE)
+        _deltas(addresses, size, first, count, base, own, vectors)
+        for k in range(len(counts)):
+            vector, floor = vectors[k], limits[0, k]
+            below, equal = np.int32(0), np.int32(0)
+            for j in range(count):
+                below = np.int32(below + np.int32(abs(vector[j]) < floor))
+                equal = np.int32(equal + np.int32(abs(vector[j]) == floor))
+            counts[k, 0] += below
+            counts[k, 1] += equal
+        if least > 0:
+            _select(vectors, count, least, total, result)
+        for k in range(addresses.size):
+            vector, floor, cap = vectors[k], limits[0, k], limits[1, k]
+            if floor > none:
+                for j in range(count):
+                    vector[j] = none if abs(vector[j]) < floor else vector[j]
+            if cap < np.float32(np.inf):
+                for j in range(count):
+                    vector[j] = none if abs(vector[j]) >= cap else vector[j]
+        found = combine(vectors, count, table, take, zero, scale, own, result, room)
+        balance, doubt = balance + found[0], doubt | found[1]
+        narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
+    return balance, doubt
+
+
+@compiled
+def split_stored(raw: Array, base: Array, intervals: Array, inside: Array, counts: Array) -> int:
+    """`split` of the keys of ``|raw - base|``, finite and of one size, by several intervals.
+
+    Args:
+        raw: of a model.
+        base: of its base.
+        intervals: rows of `low` and `high` (int64).
+        inside: for each interval what lies in it; as many rows of the size of `raw`.
+        counts: for each interval the three numbers, zeros at first.
+
+    Returns:
+        How many differences are zero.
+    """
+    zeros, mask = 0, np.empty(_TILE, np.uint8)
+    gap, minus = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    for first in range(0, raw.size, _TILE):
+        count = min(raw.size - first, _TILE)
+        widen_tile(raw[first : first + count], gap.view(np.uint32))
+        widen_tile(base[first : first + count], minus.view(np.uint32))
+        for j in range(count):
+            gap[j] = abs(gap[j] - minus[j])
+        zeros += _split(gap, count, intervals, inside, counts, mask)
+    return zeros
+
+
+@compiled
+def split_variances(addresses: Array, base: Array, intervals: Array, inside: Array, counts: Array) -> int:
+    """`split_stored` of the variance of models less their base, whose addresses are given."""
+    zeros, mask = 0, np.empty(_TILE, np.uint8)
+    vectors, own = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float32)
+    total, variance = np.empty(_TILE, np.float64), np.empty(_TILE, np.float32)
+    for first in range(0, base.size, _TILE):
+        count = min(base.size - first, _TILE)
+        _deltas(addresses, base.size, first, count, base, own, vectors)
+        variance_tile(vectors, count, total, variance)
+        zeros += _split(variance, count, intervals, inside, counts, mask)
+    return zeros
+
+
+@compiled
+def _split(values: Array, count: int, intervals: Array, inside: Array, counts: Array, mask: Array) -> int:
+    """`split` of the keys of `count` magnitudes by several intervals; how many are zero."""
+    keys, none = values.view(np.int32)[:count], np.int32(0)
+    for j in range(count):
+        none = np.int32(none + np.int32(keys[j] == 0))
+    for k in range(len(intervals)):
+        own = counts[k]
+        found = split_tile(keys, intervals[k, 0], intervals[k, 1], mask, inside[k, own[2] :])
+        own[0] += found[0]
+        own[1] += found[1]
+        own[2] += found[2]
+    return int(none)
+
+
+@compiled
+def energies_stored(addresses: Array, base: Array, least: float, sums: Array) -> None:
+    """`ordered_squares` of models less their base, without entries whose variance is below `least`.
+
+    Args:
+        addresses: of the models' first elements.
+        base: of the base.
+        least: entries of smaller variance over the models count as zero; 0 for none.
+        sums: for every model one number per chunk (float64).
+    """
+    vectors, own = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float32)
+    total, variance = np.empty(_TILE, np.float64), np.empty(_TILE, np.float32)
+    lanes = np.empty((addresses.size, _TILE), np.float64)
+    for chunk in range(sums.shape[1]):
+        lanes[:] = 0.0
+        for first in range(chunk * _CHUNK, min(base.size, (chunk + 1) * _CHUNK), _TILE):
+            count = min(base.size - first, _TILE)
+            _deltas(addresses, base.size, first, count, base, own, vectors)
+            if least > 0:
+                _select(vectors, count, least, total, variance)
+            for k in range(addresses.size):
+                vector, lane = vectors[k], lanes[k]
+                for j in range(count):
+                    lane[j] += np.float64(vector[j]) * np.float64(vector[j])
+        for k in range(addresses.size):
+            lane, half = lanes[k], _TILE // 2
+            while half:
+                for j in range(half):
+                    lane[j] += lane[half + j]
+                half //= 2
+            sums[k, chunk] = lane[0]
