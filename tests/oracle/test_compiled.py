@@ -244,7 +244,10 @@ def test_radix_sort_behind_the_insertion_sort() -> None:
     keys = generator.integers(0, 1 << 31, 3000, dtype=np.uint64) >> np.uint64(20)
     items = (keys << np.uint64(32)) | np.arange(3000, dtype=np.uint64)
     expected = np.sort(items)
-    assert not _ranks._insertion_sort(items.copy(), 100)
+    steps, out = np.arange(3000, dtype=np.float32), np.empty(3000, dtype=np.float32)
+    assert not _ranks._insert(items.copy(), steps, 100, out)
     np.testing.assert_array_equal(_ranks._radix_sort(items.copy(), np.empty_like(items)), expected)
-    assert _ranks._insertion_sort(items, 1 << 40)
+    out[:] = steps
+    assert _ranks._insert(items, steps, 1 << 40, out)
     np.testing.assert_array_equal(items, expected)
+    np.testing.assert_array_equal(out[expected & np.uint64(0xFFFFFFFF)], steps)

@@ -54,6 +54,10 @@ def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
         ("sce", {}),
         ("consensus", {}),
         ("della", {"density": 0.5}),
+        ("della", {"density": 0.8, "epsilon": 0.2, "election": "ties", "rescale": "none", "scale": 0.7}),
+        ("della", {"density": 0.3, "epsilon": 0.3, "merge": "mean"}),
+        ("della", {"density": 0.5, "rescale": "l1"}),
+        ("della", {"density": 1.0}),
     ],
 )
 def test_merges_of_weights_as_files_have_them(
@@ -64,8 +68,9 @@ def test_merges_of_weights_as_files_have_them(
     results: list[dict[str, torch.Tensor]] = []
     calls: list[object] = []
     around, merged = kernels.Stored._around, kernels.Combination.merge_stored
+    ranked = kernels.Combination.merge_ranked
 
-    def counted(stored: kernels.Stored, split: object, intervals: list[tuple[int, int]]) -> object:
+    def counted(stored: kernels.Stored, split: Any, intervals: list[tuple[int, int]]) -> object:
         calls.append(intervals)
         return around(stored, split, intervals)
 
@@ -73,6 +78,11 @@ def test_merges_of_weights_as_files_have_them(
         calls.append(rule)
         return merged(rule, *rest)
 
+    def dropped(rule: kernels.Combination, *rest: Any, **named: Any) -> None:
+        calls.append(rule)
+        ranked(rule, *rest, **named)
+
+    monkeypatch.setattr(kernels.Combination, "merge_ranked", dropped)
     monkeypatch.setattr(kernels.Stored, "_around", counted)
     monkeypatch.setattr(kernels.Combination, "merge_stored", combined)
     for on in (False, True):
@@ -85,13 +95,25 @@ def test_merges_of_weights_as_files_have_them(
             and (method != "sce" or options.get("select", 1.0) < 1)
         )
         assert any(isinstance(call, kernels.Combination) for call in calls) == (
-            on and method in ("ties", "breadcrumbs", "sce") and options.get("count") != "exact"
+            on
+            and method in ("ties", "breadcrumbs", "sce", "della")
+            and options.get("count") != "exact"
+            and options.get("rescale") != "l1"
+            and (method != "della" or options["density"] != 1.0)
         )
     assert all(same(results[0][name], results[1][name]) for name in base)
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("breadcrumbs", {}), ("breadcrumbs", {"election": "ties"}), ("sce", {})]
+    ("method", "options"),
+    [
+        ("breadcrumbs", {}),
+        ("breadcrumbs", {"election": "ties"}),
+        ("sce", {}),
+        ("della", {"election": "ties"}),
+        ("della", {"density": [0.5, 1.0], "election": "ties"}),
+        ("della", {}),
+    ],
 )
 def test_weighted_merges_of_weights_as_files_have_them(method: str, options: dict[str, Any]) -> None:
     base, *tuned = bfloat16_models(2, True)

@@ -140,8 +140,10 @@ class Stream:
         method = tensor.method
         if method is None or not (method.reads_stored() and self.reader.takes_stored and tensor.takes_stored):
             return self._block
-        width = tensor.spec.dtype.itemsize * (len(tensor.inputs) + 2)
-        room = self._budget // (4 * self.executor.workers * width)
+        count = len(tensor.inputs)
+        # some blocks may have to be made float32 after all
+        width = max(4 * tensor.spec.dtype.itemsize * (count + 2), tensor.dtype.itemsize * (method.buffers(count) + 1))
+        room = self._budget // (self.executor.workers * width)
         return self._block * max(1, min(_LONGER, _LONGEST // self._block, room // self._block))
 
     def context(self, tensors: Mapping[str, TensorPlan], seed: int) -> Context:

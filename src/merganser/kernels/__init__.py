@@ -34,6 +34,7 @@ from merganser.kernels._convert import convert
 from merganser.kernels._disjoint import Combination, Disjoint, Limits, Sum, variance
 from merganser.kernels._random import (
     drop_mask,
+    keep_draws,
     keep_mask,
     uniforms,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "equal_to",
     "exact_sum",
     "first_nonfinite",
+    "keep_draws",
     "keep_mask",
     "key_dtype",
     "key_value",

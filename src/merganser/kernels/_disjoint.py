@@ -30,6 +30,9 @@ Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, float]"
 """What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0; the scale."""
 
 
+Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
+
+
 @dataclass(frozen=True)
 class Limits:
     """Which entries of task vectors count.
@@ -74,6 +77,44 @@ class Combination(ABC):
             addresses(stored.models), rows, limits.least, *self._rule(), base, out, _NONE if counts is None else counts
         )
         return int(found[0]), bool(found[1])
+
+    def merge_ranked(
+        self,
+        stored: Stored,
+        steps: Sequence[torch.Tensor | None],
+        draws: Sequence[Draws],
+        start: int,
+        *,
+        rescaled: bool,
+    ) -> None:
+        """`merge_stored` of task vectors of which entries are dropped at random, by the ranks of magnitudes in rows.
+
+        Args:
+            stored: whole rows.
+            steps: for each model the probability for each rank, the smallest magnitude first, with which an entry is
+                kept; None for a model that stays whole.
+            draws: of `keep_draws`, for each model.
+            start: the position of the first element.
+            rescaled: whether what is kept is divided by its probability.
+
+        Complexity: O(models x elements).
+        """
+        fast = loops()
+        assert fast is not None
+        base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
+        row = next(own.numel() for own in steps if own is not None)
+        whole = np.full(row, 2, dtype=np.float32)
+        fast.merge_ranked(
+            addresses(stored.models),
+            np.array([whole if own is None else own.numpy() for own in steps]),
+            np.array([own for own, _ in draws]),
+            start,
+            np.array([key for _, key in draws]),
+            rescaled,
+            *self._rule(),
+            base,
+            out,
+        )
 
 
 @dataclass(frozen=True)

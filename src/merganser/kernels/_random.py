@@ -12,7 +12,7 @@ import numpy.typing as npt
 from merganser._torch import torch
 from merganser.kernels._compiled import loops
 
-__all__ = ["drop_mask", "keep_mask", "uniforms"]
+__all__ = ["drop_mask", "keep_draws", "keep_mask", "uniforms"]
 
 T = TypeVar("T", np.uint8, np.uint32)
 
@@ -65,20 +65,25 @@ def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch
 
     Complexity: O(count).
     """
-    key = _stream_key(seed, model, name, b"merganser keep")
-    draws = _philox(key, np.dtype(np.uint8), start, probabilities.numel())
+    draws, key = keep_draws(seed, model, name, start, probabilities.numel())
     if (fast := loops(probabilities)) is not None:
         found = torch.empty(draws.size, dtype=torch.uint8)
-        fast.keep(draws, probabilities.numpy(), start, key[2], found.numpy())
+        fast.keep(draws, probabilities.numpy(), start, key, found.numpy())
         return found
     wanted = probabilities.cpu().numpy()
     scaled = wanted * wanted.dtype.type(256)  # exact
     coarse = np.minimum(scaled, 255, out=scaled).astype(np.uint8)  # where it is 1, 255 leaves open what is then kept
     mask = np.less(draws, coarse)
     undecided = np.flatnonzero(draws == coarse)
-    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
+    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key)
     mask[undecided] = fine < (wanted[undecided].astype(np.float64) * 256 - draws[undecided]) * 2.0**64
     return torch.from_numpy(mask.view(np.uint8))
+
+
+def keep_draws(seed: int, model: int, name: str, start: int, count: int) -> tuple[npt.NDArray[np.uint8], np.uint64]:
+    """What `keep_mask` draws: a byte per element, and the key of the draws that decide where those do not."""
+    key = _stream_key(seed, model, name, b"merganser keep")
+    return _philox(key, np.dtype(np.uint8), start, count), key[2]
 
 
 def uniforms(seed: int, model: int, name: str, start: int, count: int) -> torch.Tensor:

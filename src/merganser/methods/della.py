@@ -13,7 +13,7 @@ from merganser.errors import Place, RecipeError
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context, Transform, TransformedBlock
 from merganser.methods._options import option, per_model
-from merganser.methods._stages import l1_factors, second_stage, second_state
+from merganser.methods._stages import combination, l1_factors, second_stage, second_state
 
 __all__ = ["Della", "keep_probabilities"]
 
@@ -79,6 +79,10 @@ class Della(Method, name="della"):
         """Those of the merge; magnitudes, their order, ranks, probabilities and draws, some of them 64 bits wide."""
         return self._second().buffers(models) + 12
 
+    def reads_stored(self) -> bool:
+        """Matrices and vectors, if no norm is kept."""
+        return self.rescale != "l1"
+
     def row(self, spec: BlockSpec) -> int:
         """The weights of one output; a vector is one row."""
         return _row(spec)
@@ -93,6 +97,25 @@ class Della(Method, name="della"):
         factors = l1_factors(context, self._drop, lambda name: _row(context.specs[name]))
         return lambda block, index, delta: self._drop(block, index, delta).mul_(factors[block.key.name][index])
 
+    def _combined(self, block: Block) -> torch.Tensor | None:
+        """The merge of weights as files have them; None where there are no loops for it."""
+        ranked, places = _ranked(block.spec.shape, block.key.stop - block.key.start)
+        densities = [per_model(self.density, index) for index in range(len(block.weights))]
+        if self.rescale == "l1" or ranked < 2 or places > 1 or min(densities) == 1:
+            return None
+        rule = combination(self._second(), block.weights)
+        stored = None if rule is None else block.stored()
+        if rule is None or stored is None:
+            return None
+        steps: list[torch.Tensor | None] = []
+        for index, density in enumerate(densities):
+            epsilon = per_model(self.epsilon, index)
+            steps.append(None if density == 1 else _steps(density, epsilon, ranked, torch.float32))
+        key, size = block.key, stored.base.numel()
+        draws = [kernels.keep_draws(block.seed, index, key.name, key.start, size) for index in range(len(steps))]
+        rule.merge_ranked(stored, steps, draws, key.start, rescaled=self.rescale == "expectation")
+        return stored.out
+
     def _drop(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
         density, key = per_model(self.density, index), block.key
         if density == 1 or not delta.numel():
@@ -106,7 +129,9 @@ class Della(Method, name="della"):
 
     def merge(self, block: Block, state: Transform) -> torch.Tensor:
         """The second stage on what is kept."""
-        second = self._second()
+        combined, second = self._combined(block), self._second()
+        if combined is not None:
+            return combined
         return second.merge(TransformedBlock(block, state), second_state(second, len(block.weights)))
 
     def review(self, state: Transform, notes: Mapping[str, int]) -> None:
@@ -127,14 +152,22 @@ def keep_probabilities(delta: torch.Tensor, shape: Sequence[int], density: float
 
     Complexity: one stable sort per row.
     """
-    ranked = shape[1] if len(shape) > 1 else delta.numel()
+    ranked, places = _ranked(shape, delta.numel())
     if ranked == 1:
         return torch.full_like(delta, density)
-    places = max(1, math.prod(shape[2:]))
     magnitude = delta.abs().view(-1, ranked, places).transpose(1, 2).reshape(-1, ranked)
-    steps = torch.linspace(density - epsilon, density + epsilon, ranked, dtype=delta.dtype, device=delta.device)
-    keep = kernels.place_by_rank(magnitude, steps)
+    keep = kernels.place_by_rank(magnitude, _steps(density, epsilon, ranked, delta.dtype).to(delta.device))
     return keep.view(-1, places, ranked).transpose(1, 2).reshape(-1)
+
+
+def _ranked(shape: Sequence[int], numel: int) -> tuple[int, int]:
+    """How many entries are ranked together, and at how many places of a kernel."""
+    return (shape[1], max(1, math.prod(shape[2:]))) if len(shape) > 1 else (numel, 1)
+
+
+def _steps(density: float, epsilon: float, ranked: int, dtype: torch.dtype) -> torch.Tensor:
+    """The probabilities by rank."""
+    return torch.linspace(density - epsilon, density + epsilon, ranked, dtype=dtype)
 
 
 def _row(spec: BlockSpec) -> int:

@@ -9,7 +9,7 @@ from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
 from merganser.kernels._loops._disjoint import disjoint, variance
 from merganser.kernels._loops._random import drop, keep
 from merganser.kernels._loops._ranks import place_by_rank, split, tally
-from merganser.kernels._loops._stored import energies_stored, merge_stored, split_stored, split_variances
+from merganser.kernels._loops._stored import energies_stored, merge_ranked, merge_stored, split_stored, split_variances
 
 __all__ = [
     "disjoint",
@@ -17,6 +17,7 @@ __all__ = [
     "energies_stored",
     "finite",
     "keep",
+    "merge_ranked",
     "merge_stored",
     "narrow",
     "place_by_rank",

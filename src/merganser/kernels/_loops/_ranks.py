@@ -6,13 +6,16 @@ import numpy as np
 
 from merganser.kernels._loops._jit import Array, compiled
 
-__all__ = ["place_by_rank", "split", "split_tile", "tally"]
+__all__ = ["place_by_rank", "rank_row", "split", "split_tile", "tally"]
 
 _TILE = 1024
 """Elements whose intermediate results stay in the first-level cache."""
 
 _RADIX = 256
 """Values of a digit."""
+
+_POSITION = np.uint64(0xFFFFFFFF)
+"""The bits of an item that hold a position."""
 
 _MOVES = 64
 """Moves per entry after which an insertion sort gives up."""
@@ -83,63 +86,79 @@ def _radix_sort(items: Array, other: Array) -> Array:
 
 
 @compiled
-def _insertion_sort(items: Array, most: int) -> bool:
-    """Sort integers in place; gives up after so many moves, and says whether it did not."""
+def _insert(items: Array, steps: Array, most: int, out: Array) -> bool:
+    """Sort integers by insertion, and `out` with them; gives up after so many moves, and says whether it did not.
+
+    Args:
+        items: a position in the lower 32 bits.
+        steps: one number for each rank.
+        most: moves.
+        out: at the position of every item the step of its rank.
+    """
     moves = 0
     for i in range(1, items.size):
         item, j = items[i], i
         while j > 0 and items[j - 1] > item:
             items[j] = items[j - 1]
             j -= 1
-        items[j] = item
-        moves += i - j
-        if moves > most:
-            return False
+        if j < i:
+            items[j] = item
+            for rank in range(j, i + 1):
+                out[np.uint32(items[rank] & _POSITION)] = steps[rank]
+            moves += i - j
+            if moves > most:
+                return False
     return True
 
 
 @compiled
-def _numbered(bits: Array, items: Array) -> Array:
-    """Bit patterns with their positions in the lower 32 bits, in `items`."""
-    for i in range(bits.size):
-        items[i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
-    return items
+def rank_row(magnitudes: Array, steps: Array, out: Array, counts: Array, bins: Array, items: Array) -> None:
+    """For each of a row of magnitudes the step that belongs to its rank; of equal ones the first has the lower rank.
+
+    The row is distributed over two bins per entry, which divide the range up to its largest magnitude evenly, and then
+    sorted by insertion; where this takes many moves, by radix.
+
+    Args:
+        magnitudes: n numbers of float32, finite, without sign bits.
+        steps: n numbers of float32, one for each rank.
+        out: n numbers of float32.
+        counts: room for 2 n of int32.
+        bins: for n of int32.
+        items: for 2 rows of n of uint64.
+    """
+    width, bits, largest = magnitudes.size, magnitudes.view(np.int32), np.float32(0)
+    for i in range(width):
+        largest = max(largest, magnitudes[i])
+    factor = np.float64(2 * width - 1) / np.float64(largest) if largest > 0 else 0.0
+    for i in range(width):
+        bins[i] = np.int32(magnitudes[i] * factor)
+    counts[:] = 0
+    for i in range(width):
+        counts[np.uint32(bins[i])] += np.int32(1)
+    place = np.int32(0)
+    for value in range(2 * width):
+        number = counts[value]
+        counts[value] = place
+        place = np.int32(place + number)
+    ranked = items[0]
+    for i in range(width):
+        rank = np.uint32(counts[np.uint32(bins[i])])
+        counts[np.uint32(bins[i])] += np.int32(1)
+        ranked[rank] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
+        out[i] = steps[rank]
+    if not _insert(ranked, steps, _MOVES * width, out):
+        for i in range(width):
+            ranked[i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
+        ranked = _radix_sort(ranked, items[1])
+        for i in range(width):
+            out[np.uint32(ranked[i] & _POSITION)] = steps[i]
 
 
 @compiled
 def place_by_rank(magnitudes: Array, steps: Array, out: Array) -> None:
-    """For each entry of a matrix of magnitudes the step that belongs to its rank in its row.
-
-    Of equal magnitudes the first has the lower rank. Each row is distributed over two bins per entry, which divide the
-    range up to its largest magnitude evenly, and then sorted by insertion; where this takes many moves, by radix.
-
-    Args:
-        magnitudes: float32, finite, rows x n, without sign bits.
-        steps: n numbers of float32, one for each rank.
-        out: float32, rows x n.
-    """
+    """`rank_row` of every row of a matrix."""
     rows, width = magnitudes.shape
-    counts, bins = np.empty(2 * width, np.int64), np.empty(width, np.uint32)
-    items, other = np.empty(width, np.uint64), np.empty(width, np.uint64)
+    counts, bins = np.empty(2 * width, np.int32), np.empty(width, np.int32)
+    items = np.empty((2, width), np.uint64)
     for row in range(rows):
-        own, largest = magnitudes[row], np.float32(0)
-        for i in range(width):
-            largest = own[i] if own[i] > largest else largest
-        factor = np.float64(2 * width - 1) / np.float64(largest) if largest > 0 else 0.0
-        counts[:] = 0
-        for i in range(width):
-            bins[i] = np.uint32(own[i] * factor)
-            counts[bins[i]] += 1
-        place = 0
-        for value in range(2 * width):
-            number = counts[value]
-            counts[value] = place
-            place += number
-        bits = own.view(np.uint32)
-        for i in range(width):
-            items[np.uint64(counts[bins[i]])] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
-            counts[bins[i]] += 1
-        ranked = items if _insertion_sort(items, _MOVES * width) else _radix_sort(_numbered(bits, items), other)
-        result = out[row]
-        for i in range(width):
-            result[ranked[i] & np.uint64(0xFFFFFFFF)] = steps[i]
+        rank_row(magnitudes[row], steps, out[row], counts, bins, items)

@@ -10,12 +10,15 @@ import numpy as np
 from merganser.kernels._loops._convert import narrow_tile, widen_tile
 from merganser.kernels._loops._disjoint import combine, variance_tile
 from merganser.kernels._loops._jit import Array, compiled, uint16_pointer, vector_at
-from merganser.kernels._loops._ranks import split_tile
+from merganser.kernels._loops._random import keep
+from merganser.kernels._loops._ranks import rank_row, split_tile
 
-__all__ = ["energies_stored", "merge_stored", "split_stored", "split_variances"]
+__all__ = ["energies_stored", "merge_ranked", "merge_stored", "split_stored", "split_variances"]
 
 _TILE = 1024
 """Elements of a tile."""
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 _CHUNK = 1 << 14
 """Elements over which energies are summed."""
@@ -104,6 +107,64 @@ def merge_stored(
         balance, doubt = balance + found[0], doubt | found[1]
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
     return balance, doubt
+
+
+@compiled
+def merge_ranked(
+    addresses: Array,
+    steps: Array,
+    draws: Array,
+    start: int,
+    keys: Array,
+    rescaled: bool,
+    table: Array,
+    take: int,
+    zero: int,
+    scale: float,
+    base: Array,
+    out: Array,
+) -> None:
+    """The merge of models less their base, of which entries are dropped at random, by ranks in rows.
+
+    Args:
+        addresses: of the models' first elements.
+        steps: for each model and each rank of a magnitude in its row the probability to be kept (models x row); a model
+            whose first is above 1 stays whole.
+        draws: bytes, for each model and element.
+        start: the position of the first element.
+        keys: of further draws, for each model.
+        rescaled: whether what is kept is divided by its probability.
+        table: as for `combine`, and all that follow.
+        take: what is taken.
+        zero: the sign elected where the sum is 0.
+        scale: of the merge.
+        base: is added at last; whole rows.
+        out: receives the result, rounded to bfloat16.
+    """
+    models, width = steps.shape
+    vectors, room = np.empty((models, width), np.float32), np.empty((4, width), np.float32)
+    own, result, mask = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.uint8)
+    counts, bins = np.empty(2 * width, np.int32), np.empty(width, np.int32)
+    items, least = np.empty((2, width), np.uint64), np.float32(_TINY)
+    for first in range(0, base.size, width):
+        last = first + width
+        _deltas(addresses, base.size, first, width, base, own, vectors)
+        for k in range(models):
+            if steps[k, 0] > 1:
+                continue
+            vector, kept = vectors[k], room[0]
+            for j in range(width):
+                result[j] = abs(vector[j])
+            rank_row(result, steps[k], kept, counts, bins, items)
+            keep(draws[k, first:last], kept, start + first, keys[k], mask)
+            for j in range(width):
+                vector[j] *= np.float32(mask[j])
+            if rescaled:
+                # an entry that is never kept is zero already
+                for j in range(width):
+                    vector[j] /= max(kept[j], least)
+        combine(vectors, width, table, take, zero, scale, own, result, room)
+        narrow_tile(result.view(np.uint32), out[first:last])
 
 
 @compiled
