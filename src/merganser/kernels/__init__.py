@@ -50,7 +50,7 @@ from merganser.kernels._ranks import (
     top_key,
     value_key,
 )
-from merganser.kernels._stored import Around, Stored, takes_stored
+from merganser.kernels._stored import Around, Stored, Wall, takes_stored
 
 __all__ = [
     "CHUNK",
@@ -63,6 +63,7 @@ __all__ = [
     "RankCounter",
     "Stored",
     "Sum",
+    "Wall",
     "accelerate",
     "at_least",
     "balance",

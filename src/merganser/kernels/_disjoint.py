@@ -14,7 +14,7 @@ import numpy.typing as npt
 from merganser._torch import torch
 from merganser.kernels._arithmetic import balance, count_ones, flip_, nonzero, positions, sign_bits_, trim_below_
 from merganser.kernels._compiled import loops
-from merganser.kernels._stored import Stored, addresses
+from merganser.kernels._stored import Stored, Wall, addresses
 
 __all__ = ["Combination", "Disjoint", "Limits", "Sum", "variance"]
 
@@ -35,17 +35,17 @@ Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
 
 @dataclass(frozen=True)
 class Limits:
-    """Which entries of task vectors count.
+    """Which entries of task vectors count, where magnitudes below a floor, and above a cap, count as zero.
 
     Attributes:
-        floors: for each vector the magnitude below which its entries count as zero.
-        caps: that from which on they count as zero, too; infinite if None.
-        least: where it is above zero, entries whose variance over the vectors is smaller count as zero.
+        floors: for each vector; no floor if it is 0.
+        caps: for each vector; none if None.
+        least: the floor of the variance over the vectors; where that is below it, or zero, no entry counts.
     """
 
-    floors: Sequence[float]
-    caps: Sequence[float] | None = None
-    least: float = 0.0
+    floors: Sequence[Wall]
+    caps: Sequence[Wall] | None = None
+    least: Wall | None = None
 
 
 class Combination(ABC):
@@ -72,9 +72,19 @@ class Combination(ABC):
         fast = loops()
         assert fast is not None
         base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
-        rows = np.array((limits.floors, limits.caps or [np.inf] * len(limits.floors)), dtype=np.float32)
+        least, caps = limits.least or Wall(-1.0), limits.caps or [Wall(np.inf)] * len(limits.floors)
+        walls = np.array([[wall.value for wall in row] for row in (limits.floors, caps)], dtype=np.float32)
+        rows = (limits.floors, caps, [least] * len(caps))
+        ties = np.array([[wall.ties for wall in row] for row in rows], dtype=np.int64)
         found = fast.merge_stored(
-            addresses(stored.models), rows, limits.least, *self._rule(), base, out, _NONE if counts is None else counts
+            addresses(stored.models),
+            walls,
+            ties,
+            least.value,
+            *self._rule(),
+            base,
+            out,
+            _NONE if counts is None else counts,
         )
         return int(found[0]), bool(found[1])
 

@@ -13,7 +13,7 @@ from merganser.kernels._arithmetic import CHUNK, Partials
 from merganser.kernels._compiled import loops
 from merganser.kernels._ranks import room
 
-__all__ = ["Around", "Stored", "addresses", "takes_stored"]
+__all__ = ["Around", "Stored", "Wall", "addresses", "takes_stored"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class Around:
     below: int
     first: int
     inside: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Wall:
+    """A magnitude that divides others.
+
+    Attributes:
+        value: the magnitude.
+        ties: of those that equal it the first so many lie above it, the others below; all lie above it if negative.
+    """
+
+    value: float
+    ties: int = -1
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,13 @@ class Stored:
         found = zip(counts.tolist(), inside, strict=True)
         return int(zeros), [Around(below, first, row[:number]) for (below, first, number), row in found]
 
-    def energies(self, least: float) -> list[Partials]:
-        """`ordered_squares` of the task vectors, without entries of a variance over the models below `least`."""
+    def energies(self, least: Wall | None = None) -> list[Partials]:
+        """`ordered_squares` of the task vectors, without entries of a variance over the models below `least`, or 0."""
         fast = loops()
         assert fast is not None
         sums = np.zeros((len(self.models), -(-self.base.numel() // CHUNK)))
-        fast.energies_stored(addresses(self.models), self.base.view(torch.uint16).numpy(), least, sums)
+        wall, base = least or Wall(-1.0), self.base.view(torch.uint16).numpy()
+        fast.energies_stored(addresses(self.models), base, wall.value, wall.ties, sums)
         return list(sums)
 
 

@@ -64,6 +64,11 @@ class Threshold:
             return self.value
         return None if kept else kernels.next_above(self.value, dtype)
 
+    def wall(self, key: BlockKey) -> kernels.Wall:
+        """What divides the magnitudes of a block: above it are those that are kept."""
+        kept, equal = (0, 0) if self.ties is None else self.ties[key]
+        return kernels.Wall(self.value, -1 if kept == equal or not self.value else kept)
+
     def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
         """Set the entries that are not kept to zero, in place."""
         floor = self.floor(key, delta.dtype)

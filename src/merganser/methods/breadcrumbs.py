@@ -38,15 +38,9 @@ class _Bands:
         delta.sub_(outliers)
         return delta if self.factors is None else delta.mul_(self.factors[block.key.name][index])
 
-    def limits(self, key: BlockKey) -> kernels.Limits | None:
-        """The bands of a block; None if only some of the entries at an end of one belong to it."""
-        floors, caps = [], []
-        for outer, top in self.thresholds[key.name]:
-            floor, cap = outer.floor(key, torch.float32), top.floor(key, torch.float32)
-            if floor is None or cap is None:
-                return None
-            floors.append(floor)
-            caps.append(cap)
+    def limits(self, key: BlockKey) -> kernels.Limits:
+        """The bands of a block."""
+        floors, caps = zip(*((outer.wall(key), top.wall(key)) for outer, top in self.thresholds[key.name]), strict=True)
         return kernels.Limits(floors, caps)
 
 
@@ -114,7 +108,7 @@ class Breadcrumbs(Method, name="breadcrumbs"):
         return inside + outliers, outliers
 
     def reads_stored(self) -> bool:
-        """Everywhere but where entries of equal magnitude are cut."""
+        """If no norm is kept."""
         return self.rescale == "none"
 
     def prepare(self, context: Context) -> _Bands:
@@ -129,11 +123,10 @@ class Breadcrumbs(Method, name="breadcrumbs"):
     def merge(self, block: Block, state: _Bands) -> torch.Tensor:
         """The second stage on what is kept."""
         second = self._second()
-        limits = None if state.factors else state.limits(block.key)
-        combined = None if limits is None else combination(second, block.weights)
+        combined = combination(second, block.weights) if state.factors is None else None
         stored = None if combined is None else block.stored()
-        if limits is not None and combined is not None and stored is not None:
-            combined.merge_stored(stored, limits)
+        if combined is not None and stored is not None:
+            combined.merge_stored(stored, state.limits(block.key))
             return stored.out
         return second.merge(TransformedBlock(block, state.cut), second_state(second, len(block.weights)))
 

@@ -18,9 +18,6 @@ from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["Sce"]
 
-_SMALLEST = 2.0**-149
-"""The smallest positive float32."""
-
 
 @dataclass(frozen=True)
 class _SceState:
@@ -73,7 +70,7 @@ class Sce(Method, name="sce"):
         return 2 if self.select == 1 else 3
 
     def reads_stored(self) -> bool:
-        """Everywhere but where entries of equal variance are cut."""
+        """Always."""
         return True
 
     def buffers(self, models: int) -> int:
@@ -107,26 +104,23 @@ class Sce(Method, name="sce"):
                 kernels.mask_(delta, kept)
         return deltas
 
-    def _least(self, block: Block, state: _SceState) -> float | None:
-        """The variance from which on entries are kept, 0 for all; None if some of equal variance are not."""
-        floor = state.thresholds[block.key.name].floor(block.key, torch.float32)
-        return floor if floor is None or self.select == 1 else max(floor, _SMALLEST)
+    def _least(self, block: Block, state: _SceState) -> kernels.Wall | None:
+        """The variance from which on entries are kept; None if all are."""
+        return None if self.select == 1 else state.thresholds[block.key.name].wall(block.key)
 
     def _energies(self, block: Block, state: _SceState) -> list[Partials]:
-        least = self._least(block, state)
-        stored = None if least is None else block.stored()
-        if stored is not None and least is not None:
-            return stored.energies(least)
+        if (stored := block.stored()) is not None:
+            return stored.energies(self._least(block, state))
         return [kernels.ordered_squares(delta) for delta in self._selected(block, state)]
 
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""
-        shares, least = state.shares[block.key.name], self._least(block, state)
+        shares = state.shares[block.key.name]
         sizes = [weight * share for weight, share in zip(block.weights, shares, strict=True)]
         election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale)
-        stored = None if least is None else block.stored()
-        if stored is not None and least is not None:
-            election.merge_stored(stored, kernels.Limits([0.0] * len(sizes), least=least))
+        if (stored := block.stored()) is not None:
+            none = [kernels.Wall(0.0)] * len(sizes)
+            election.merge_stored(stored, kernels.Limits(none, least=self._least(block, state)))
             return stored.out
         merged = block.buffer("total")
         election.merge(self._selected(block, state), block.base, merged)

@@ -87,8 +87,8 @@ class Ties(Method, name="ties"):
         return 2 + 2 * (self.count == "exact" and self.trim == "model")
 
     def reads_stored(self) -> bool:
-        """An exact count looks at magnitudes that are equal to the threshold."""
-        return self.count == "authors"
+        """Always."""
+        return True
 
     def prepare(self, context: Context) -> TiesState:
         """The thresholds, and an estimate of the majority sign.
@@ -99,7 +99,8 @@ class Ties(Method, name="ties"):
             return self._with_majority(context, TiesState(self._tensor_thresholds(context), majority={}))
         ranks = self._ranks(context)
         trims = all(n < context.numel for n in self._kept(context.numel, context.models))
-        clear = clear_thresholds(context, ranks) if context.stored and trims else None
+        presumes = context.stored and trims and self.count == "authors"
+        clear = clear_thresholds(context, ranks) if presumes else None
         if clear is None:
             return self._with_majority(context, TiesState({None: self._thresholds(context)}, majority={}))
         presumed = TiesState({None: tuple(map(Threshold, clear))}, majority={}, ranks=ranks)
@@ -177,14 +178,11 @@ class Ties(Method, name="ties"):
         """The disjoint merge of one block."""
         region = self._region(block.key)
         election = self.election(block.weights, state.majority[region])
-        floors = [threshold.floor(block.key, torch.float32) for threshold in state.thresholds[region]]
-        stored = None if None in floors else block.stored()
-        if stored is not None:
+        if (stored := block.stored()) is not None:
             merged = stored.out
+            floors = [threshold.wall(block.key) for threshold in state.thresholds[region]]
             counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
-            balance, doubtful = election.merge_stored(
-                stored, kernels.Limits([floor or 0.0 for floor in floors]), counts
-            )
+            balance, doubtful = election.merge_stored(stored, kernels.Limits(floors), counts)
             if counts is not None:
                 for index, (below, equal) in enumerate(counts.tolist()):
                     block.note(f"below {index}", below)

@@ -38,20 +38,61 @@ def _deltas(addresses: Array, size: int, first: int, count: int, base: Array, ow
 
 
 @compiled
-def _select(vectors: Array, count: int, least: float, total: Array, variance: Array) -> None:
-    """Set the entries to zero whose variance over the rows is below `least`."""
-    none, wall = np.float32(0), np.float32(least)
+def _trim(vector: Array, count: int, wall: float, ties: int, above: bool) -> int:
+    """Set to zero the magnitudes of a tile that lie below a wall, or those `above` it.
+
+    Of those that equal the wall the first `ties` lie above it, the others below; all lie above it if that is negative.
+
+    Returns:
+        How many of those that come next and equal it lie above it.
+    """
+    none, edge, left = np.float32(0), np.float32(wall), ties
+    if ties > 0:
+        equal = np.int32(0)
+        for j in range(count):
+            equal = np.int32(equal + np.int32(abs(vector[j]) == edge))
+        if equal > ties:
+            for j in range(count):
+                upper = abs(vector[j]) > edge
+                if abs(vector[j]) == edge and left > 0:
+                    upper, left = True, left - 1
+                if upper == above:
+                    vector[j] = none
+            return 0
+        left -= int(equal)
+    if above and ties:
+        for j in range(count):
+            vector[j] = none if abs(vector[j]) >= edge else vector[j]
+    elif above:
+        for j in range(count):
+            vector[j] = none if abs(vector[j]) > edge else vector[j]
+    elif ties:
+        for j in range(count):
+            vector[j] = none if abs(vector[j]) < edge else vector[j]
+    else:
+        for j in range(count):
+            vector[j] = none if abs(vector[j]) <= edge else vector[j]
+    return left
+
+
+@compiled
+def _select(vectors: Array, count: int, least: float, ties: int, total: Array, variance: Array) -> int:
+    """`_trim` the variance over the rows, and set the entries to zero where nothing of it is left."""
+    none = np.float32(0)
     variance_tile(vectors, count, total, variance)
+    left = _trim(variance, count, least, ties, False)
     for k in range(len(vectors)):
         vector = vectors[k]
         for j in range(count):
-            vector[j] = none if variance[j] < wall else vector[j]
+            vector[j] = none if variance[j] == none else vector[j]
+    return left
 
 
 @compiled
 def merge_stored(
     addresses: Array,
-    limits: Array,
+    walls: Array,
+    ties: Array,
     least: float,
     table: Array,
     take: int,
@@ -65,8 +106,10 @@ def merge_stored(
 
     Args:
         addresses: of the models' first elements.
-        limits: a row of floors and one of caps: magnitudes below the one, and from the other on, count as zero.
-        least: where it is above zero, entries whose variance over the models is smaller count as zero.
+        walls: a row of floors and one of caps: magnitudes below the one, and above the other, count as zero.
+        ties: of the magnitudes that equal a floor or a cap the first so many lie above it, all if that is negative; a
+            third row begins with that of `least`. Overwritten.
+        least: entries whose variance over the models lies below it, or is zero, count as zero; none if it is negative.
         table: as for `combine`, and all that follow.
         take: what is taken.
         zero: the sign elected where the sum is 0.
@@ -79,30 +122,27 @@ def merge_stored(
     Returns:
         How many more sums are positive than negative, and whether entries cancel.
     """
-    size, balance, doubt, none = base.size, 0, False, np.float32(0)
+    size, balance, doubt = base.size, 0, False
     vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
     own, result, total = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32), np.empty(_TILE, np.float64)
     for first in range(0, size, _TILE):
         count = min(size - first, _TILE)
         _deltas(addresses, size, first, count, base, own, vectors)
         for k in range(len(counts)):
-            vector, floor = vectors[k], limits[0, k]
+            vector, floor = vectors[k], walls[0, k]
             below, equal = np.int32(0), np.int32(0)
             for j in range(count):
                 below = np.int32(below + np.int32(abs(vector[j]) < floor))
                 equal = np.int32(equal + np.int32(abs(vector[j]) == floor))
             counts[k, 0] += below
             counts[k, 1] += equal
-        if least > 0:
-            _select(vectors, count, least, total, result)
+        if least >= 0:
+            ties[2, 0] = _select(vectors, count, least, ties[2, 0], total, result)
         for k in range(addresses.size):
-            vector, floor, cap = vectors[k], limits[0, k], limits[1, k]
-            if floor > none:
-                for j in range(count):
-                    vector[j] = none if abs(vector[j]) < floor else vector[j]
-            if cap < np.float32(np.inf):
-                for j in range(count):
-                    vector[j] = none if abs(vector[j]) >= cap else vector[j]
+            if walls[0, k] > 0:
+                ties[0, k] = _trim(vectors[k], count, walls[0, k], ties[0, k], False)
+            if walls[1, k] < np.inf:
+                ties[1, k] = _trim(vectors[k], count, walls[1, k], ties[1, k], True)
         found = combine(vectors, count, table, take, zero, scale, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
@@ -223,13 +263,14 @@ def _split(values: Array, count: int, intervals: Array, inside: Array, counts: A
 
 
 @compiled
-def energies_stored(addresses: Array, base: Array, least: float, sums: Array) -> None:
-    """`ordered_squares` of models less their base, without entries whose variance is below `least`.
+def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums: Array) -> None:
+    """`ordered_squares` of models less their base, without entries whose variance is below `least`, or zero.
 
     Args:
         addresses: of the models' first elements.
         base: of the base.
-        least: entries of smaller variance over the models count as zero; 0 for none.
+        least: a variance; no entry is left out if it is negative.
+        ties: of the variances that equal it the first so many are not below it; none is if that is negative.
         sums: for every model one number per chunk (float64).
     """
     vectors, own = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float32)
@@ -240,8 +281,8 @@ def energies_stored(addresses: Array, base: Array, least: float, sums: Array) ->
         for first in range(chunk * _CHUNK, min(base.size, (chunk + 1) * _CHUNK), _TILE):
             count = min(base.size - first, _TILE)
             _deltas(addresses, base.size, first, count, base, own, vectors)
-            if least > 0:
-                _select(vectors, count, least, total, variance)
+            if least >= 0:
+                ties = _select(vectors, count, least, ties, total, variance)
             for k in range(addresses.size):
                 vector, lane = vectors[k], lanes[k]
                 for j in range(count):
