@@ -28,7 +28,8 @@ class LayerWalk:
 
     A pass leaves out the blocks (of a list of modules) whose weights are all settled, as far as memory allows, so that
     passes to one layer after the other cost O(layers) and not O(layers^2). Whether the model allows that is checked:
-    the first pass to some weights that leaves something out is compared with a whole one, bit for bit.
+    before the first pass to some weights that leaves something out, one of a single example is compared with a whole
+    one, bit for bit.
 
     Args:
         model: the model; its mode is put back after each pass, its weights change only by `put`.
@@ -53,6 +54,7 @@ class LayerWalk:
         paths = {name: [layer.path for layer in own] for name, own in self._layers.items()}
         self._prefix = Prefix(model, paths, room)
         self._trusted: set[tuple[Level, tuple[str, ...]]] = set()
+        self._example: Batch | None = None
         self.dtype = accumulator(None, model)
 
     @property
@@ -109,24 +111,29 @@ class LayerWalk:
         The pass ends with the last call of the last of them.
         """
         case = self._prefix.level(id(batch)), tuple(names)
-        if not case[0] or case in self._trusted:
-            with self._prefix.short(id(batch)):
-                return self._rows(batch, names)
-        whole = self._rows(batch, names)
-        if self._is_short(batch, names, whole):
+        if case not in self._trusted:
+            if not self._is_short(case, batch):
+                self._prefix.abandon()
             self._trusted.add(case)
-        else:
-            self._prefix.abandon()
-        return whole
+        with self._prefix.short(id(batch)):
+            return self._rows(batch, names)
 
-    def _is_short(self, batch: Batch, names: Collection[str], whole: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a pass that leaves settled blocks out gives what a whole one has given."""
+    def _is_short(self, case: tuple[Level, tuple[str, ...]], batch: Batch) -> bool:
+        """Whether a pass to some weights that leaves as much out gives what a whole one gives.
+
+        The example has been passed to the weights before, as the batch has, so as much of it is kept.
+        """
+        level, names = case
+        if self._example is None:
+            self._example = batch.only(0)
+        example = self._example if self._prefix.level(id(self._example)) == level else batch
+        whole = self._rows(example, names) if level else None
         try:
-            with self._prefix.short(id(batch)):
-                rows = self._rows(batch, names)
+            with self._prefix.short(id(example)):
+                rows = self._rows(example, names)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # of the model's own code
             return False
-        return all(torch.equal(rows[name], whole[name]) for name in names)
+        return whole is None or all(torch.equal(rows[name], whole[name]) for name in names)
 
     def _rows(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
