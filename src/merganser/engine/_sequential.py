@@ -155,7 +155,8 @@ class _Run:
         walks = (self._walk, *self._walks)
         for walk in walks:
             walk.restart()
-        common = {*self._common(), *self._unmeasured(evidence)}
+        begun = {*self._common()}
+        common = {*begun, *self._unmeasured(evidence)}
         for found in evidence:
             lacking = next(
                 (name for name in self._walk.order if name not in common and "output_gram" not in found.kinds(name)),
@@ -170,7 +171,9 @@ class _Run:
                 )
         for prefix, members in self._steps():
             names = tuple(name for name in members if name not in common)
-            visits = self._visit(prefix, names, evidence) if names else {}
+            visits = self._visit(prefix, names, evidence, shared=bool(begun)) if names else {}
+            if not begun.issuperset(members):
+                begun = set()  # from here on what the merged layers return is their own
             for name in names:
                 solution = self._method.solve(visits[name])
                 if not bool(solution.x.isfinite().all()):
@@ -233,12 +236,14 @@ class _Run:
     def _biased(self, name: str) -> bool:
         return self._method.biased and self._walk.bias(name) is not None
 
-    def _visit(self, prefix: str | None, names: tuple[str, ...], evidence: Sequence[Evidence]) -> dict[str, Visit]:
-        """What every weight of a step has to be solved for."""
+    def _visit(
+        self, prefix: str | None, names: tuple[str, ...], evidence: Sequence[Evidence], *, shared: bool
+    ) -> dict[str, Visit]:
+        """What every weight of a step has to be solved for; `shared` if all layers before are equal in all models."""
         moments = []
         for index in range(len(self._models)):
             with self._behind(index, prefix):
-                moments.append(self._moments(index, names))
+                moments.append(self._moments(index, names, shared=shared))
         return {
             name: Visit(
                 name,
@@ -252,11 +257,13 @@ class _Run:
             for name in names
         }
 
-    def _moments(self, index: int, names: tuple[str, ...]) -> dict[str, _Moments]:
+    def _moments(self, index: int, names: tuple[str, ...], *, shared: bool) -> dict[str, _Moments]:
         """Sums over all tokens of a task; weights that share their input share them."""
         sums: dict[str, _Moments] = {}
         for batch in self._data[index]:
             inputs = self._walk.inputs(batch, names)
+            if shared and self._method.follows:
+                self._walks[index].adopt(self._walk, batch)
             theirs = self._walks[index].inputs(batch, names) if self._method.follows else inputs
             known: dict[tuple[int, bool], _Moments] = {}
             for name in names:

@@ -102,6 +102,14 @@ class Prefix:
         """
         return self.shortened(self._kept.setdefault(key, Kept()))
 
+    def adopt(self, key: int, other: Prefix) -> None:
+        """Keep of a batch what another model's blocks have returned, which are equal as far as they are settled."""
+        kept = other._kept.get(key, Kept())
+        size = sum(kept.nbytes.values())
+        if self._stacks and key not in self._kept and size <= self.room:
+            self.room -= size
+            self._kept[key] = Kept(dict(kept.outputs), dict(kept.nbytes))
+
     @contextlib.contextmanager
     def shortened(self, kept: Kept) -> Iterator[None]:
         """The same with what the caller keeps of a batch."""

@@ -115,25 +115,36 @@ class LayerWalk:
             if not self._is_short(case, batch):
                 self._prefix.abandon()
             self._trusted.add(case)
-        with self._prefix.short(id(batch)):
-            return self._rows(batch, names)
+        return self._short_rows(batch, names)
 
     def _is_short(self, case: tuple[Level, tuple[str, ...]], batch: Batch) -> bool:
         """Whether a pass to some weights that leaves as much out gives what a whole one gives.
 
-        The example has been passed to the weights before, as the batch has, so as much of it is kept.
+        The example is passed to all weights in their order, as the batch is, so as much of it is kept.
         """
         level, names = case
         if self._example is None:
             self._example = batch.only(0)
-        example = self._example if self._prefix.level(id(self._example)) == level else batch
-        whole = self._rows(example, names) if level else None
+        example = self._example
         try:
-            with self._prefix.short(id(example)):
-                rows = self._rows(example, names)
+            if self._prefix.level(id(example)) != level or not level:
+                self._short_rows(example, names)
+            if not level:
+                return True
+            if self._prefix.level(id(example)) != level:
+                example = batch
+            whole, rows = self._rows(example, names), self._short_rows(example, names)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # of the model's own code
             return False
-        return whole is None or all(torch.equal(rows[name], whole[name]) for name in names)
+        return all(torch.equal(rows[name], whole[name]) for name in names)
+
+    def adopt(self, other: LayerWalk, batch: Batch) -> None:
+        """Keep of a batch what another model's walk keeps, whose settled blocks, and what is before them, are equal."""
+        self._prefix.adopt(id(batch), other._prefix)
+
+    def _short_rows(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
+        with self._prefix.short(id(batch)):
+            return self._rows(batch, names)
 
     def _rows(self, batch: Batch, names: Collection[str]) -> dict[str, torch.Tensor]:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
