@@ -251,3 +251,22 @@ def test_radix_sort_behind_the_insertion_sort() -> None:
     assert _ranks._insert(items, steps, 1 << 40, out)
     np.testing.assert_array_equal(items, expected)
     np.testing.assert_array_equal(out[expected & np.uint64(0xFFFFFFFF)], steps)
+
+
+def test_code_that_was_compiled_of_other_sources_is_forgotten(tmp_path: Path) -> None:
+    from merganser.kernels._loops._jit import forget_others
+
+    sources, folder = tmp_path / "sources", tmp_path / "cache"
+    sources.mkdir()
+    for name in ("_one", "_two"):
+        (sources / f"{name}.py").write_text(name)
+    forget_others(folder, sources)
+    kept, other = folder / "_one.f-3.py311.nbi", folder / "elsewhere.g-4.py311.nbi"
+    for file in (kept, other):
+        file.write_text("")
+    forget_others(folder, sources)
+    assert kept.exists()
+    (sources / "_two.py").write_text("other")
+    forget_others(folder, sources)
+    assert not kept.exists()
+    assert other.exists()

@@ -5,6 +5,9 @@ no multiplication is contracted with an addition, so a loop rounds as its descri
 released.
 """
 
+from pathlib import Path
+
+from merganser.kernels._loops import _jit
 from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
 from merganser.kernels._loops._disjoint import disjoint, variance
 from merganser.kernels._loops._random import drop, keep
@@ -29,3 +32,5 @@ __all__ = [
     "widen",
     "widen_less",
 ]
+
+_jit.forget_others(Path(_jit.cache_of(widen)), Path(__file__).parent)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 import numba.extending
 
-__all__ = ["Array", "compiled", "float32_pointer", "uint16_pointer", "vector_at"]
+__all__ = ["Array", "cache_of", "compiled", "float32_pointer", "forget_others", "uint16_pointer", "vector_at"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
@@ -44,3 +47,31 @@ float32_pointer = _intrinsic(_pointer("float32"))
 
 uint16_pointer = _intrinsic(_pointer("uint16"))
 """The same of 16-bit elements."""
+
+
+def cache_of(function: Callable[..., Any]) -> str:
+    """The folder where Numba keeps the code of a compiled function."""
+    return str(cast("Any", function).stats.cache_path)
+
+
+def forget_others(folder: Path, sources: Path) -> None:
+    """Remove what was compiled of other sources.
+
+    Numba compiles a function again when its own file has changed, but not when a function has that it calls.
+
+    Args:
+        folder: where compiled code is kept; it holds that of these sources alone.
+        sources: the folder of the sources.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for file in sorted(sources.glob("*.py")):
+        state.update(file.read_bytes())
+    mark = folder / "merganser_loops.digest"
+    with contextlib.suppress(OSError):
+        if mark.exists() and mark.read_text() == state.hexdigest():
+            return
+        for file in sources.glob("*.py"):
+            for index in folder.glob(f"{file.stem}.*.nbi"):
+                index.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(state.hexdigest())
