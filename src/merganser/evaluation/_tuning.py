@@ -203,10 +203,9 @@ class _Search:
             self._check_tasks(tasks)
         except Exception as error:  # noqa: BLE001 - an evaluator is code of the user's; the others go on
             return {"state": "failed", "error": described(error), "seconds": _seconds(began, merged)}
-        value = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
         return {
             "state": "complete",
-            "value": value,
+            "value": _mean(tasks),
             "tasks": tasks,
             "reused": reused,
             "seconds": _seconds(began, merged),
@@ -265,8 +264,7 @@ class _Search:
         elif final is not None:
             trial, _ = self._candidates.make(best.params)
             largest = max((_difference(trial[name], value) for name, value in final.items()), default=0.0)
-            tasks = figures(self._measure(final))
-            value = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
+            value = best.value if largest == 0 else _mean(figures(self._measure(final)))
             last.check = {"value": value, "largest_difference": largest}
         if self._report is not None:
             last.report = self._report.measure(final if out is None else str(out))
@@ -280,6 +278,10 @@ class _Last:
     check: dict[str, Any] | None = None
     report: Evaluation | None = None
     failure: Exception | None = None
+
+
+def _mean(tasks: Mapping[str, Any]) -> float:
+    return math.fsum(task["value"] for task in tasks.values()) / len(tasks)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
