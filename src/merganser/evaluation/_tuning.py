@@ -69,6 +69,7 @@ def tune_recipe(
     report: Evaluator | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    check: bool = True,
     threads: int | None = None,
     device: str | torch.device | None = None,
     on_trial: Callable[[Trial], None] | None = None,
@@ -87,6 +88,8 @@ def tune_recipe(
         report: tasks on which the best merge is reported; no example may be among those of `measure`.
         out: the folder for the best merge.
         overwrite: replace a folder that an earlier merge made.
+        check: make the best options an ordinary merge at last, and say how far the trial was from it; without `out` and
+            `report` that can be left out.
         threads: worker threads of merges.
         device: where merges are computed.
         on_trial: called after every trial.
@@ -108,7 +111,8 @@ def tune_recipe(
             fix="merge with an evaluator (evaluator=, or --eval-cmd)",
         )
     search = _Search(recipe, measure, space, sampler, trials, objective, seed, storage, report, threads, device)
-    return search.run(on_trial, None if out is None else Path(out), overwrite)
+    finish = check or out is not None or report is not None
+    return search.run(on_trial, None if out is None else Path(out), overwrite, finish)
 
 
 class _Search:
@@ -147,8 +151,8 @@ class _Search:
             storage=storage,
         )
 
-    def run(self, on_trial: Callable[[Trial], None] | None, out: Path | None, overwrite: bool) -> Tuning:
-        """All trials that are not done yet, then the best merge."""
+    def run(self, on_trial: Callable[[Trial], None] | None, out: Path | None, overwrite: bool, finish: bool) -> Tuning:
+        """All trials that are not done yet, then the best merge if that is wanted."""
         if out is not None:
             check_output(out, self._plan, overwrite=overwrite)
         with Meter() as meter:
@@ -166,7 +170,7 @@ class _Search:
         document = document_of(self._recipe, self._space, facts, task_facts(self._measure, self._digests, self._names))
         document |= trials_of(trials, best, front, labels)
         last = _Last()
-        if best is not None:
+        if best is not None and finish:
             try:
                 self._finish(best, out, overwrite, document, last)
             except Exception as error:  # noqa: BLE001 - an evaluator is code of the user's; the trials are not lost

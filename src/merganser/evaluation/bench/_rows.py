@@ -85,7 +85,10 @@ def merge_row(
     if entry.search and tuned:
         space = space_of(entry.search, recipe)
         with Meter() as meter:
-            found = tune_recipe(recipe, judge, space, sampler="grid", trials=entry.trials, seed=seed, threads=1)
+            # the best merge is made below, the ordinary way
+            found = tune_recipe(
+                recipe, judge, space, sampler="grid", trials=entry.trials, check=False, seed=seed, threads=1
+            )
         costs["tuning"] = dataclasses.replace(meter.cost, labels=found.labels or 0)
         options, search = {**options, **_best(found)}, _searched(found)
         recipe = _recipe(lab, entry.model_copy(update={"options": options}), experts, measured, seed)
