@@ -146,6 +146,18 @@ def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> Non
         merganser.merge(tuned, method="ties", base=base)
 
 
+def test_differences_that_are_infinite_are_ranked() -> None:
+    generator = torch.Generator().manual_seed(5)
+    base, own = (torch.randn(4, 300, generator=generator).bfloat16() for _ in range(2))
+    own[1, ::7], base[1, ::7] = 3.3e38, -3.3e38
+    messages = []
+    for on in (False, True):
+        with accelerated(on), pytest.raises(NumericError) as error:
+            merganser.merge([{"w": own}, {"w": own}], method="della", base={"w": base}, density=0.8)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 @pytest.mark.parametrize("wrong", [None, 0.5, 1.5])
 @pytest.mark.parametrize("zero_sign", ["majority", "positive"])
 def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ _ALL = 3
 Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, float]"
 """What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0; the scale."""
 
-
 Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
+"""What `keep_draws` returns."""
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ class Threshold:
             key: the block.
             dtype: of its entries.
         """
-        kept, equal = (0, 0) if self.ties is None else self.ties[key]
-        if kept == equal or not self.value:
-            return self.value
-        return None if kept else kernels.next_above(self.value, dtype)
+        wall = self.wall(key)
+        if wall.ties < 0:
+            return wall.value
+        return None if wall.ties else kernels.next_above(wall.value, dtype)
 
     def wall(self, key: BlockKey) -> kernels.Wall:
         """What divides the magnitudes of a block: above it are those that are kept."""
@@ -72,9 +72,9 @@ class Threshold:
     def trim(self, delta: torch.Tensor, key: BlockKey) -> torch.Tensor:
         """Set the entries that are not kept to zero, in place."""
         floor = self.floor(key, delta.dtype)
-        if floor is None and self.ties is not None:
+        if floor is None:
             tied = kernels.positions(kernels.equal_to(delta.abs(), self.value))
-            delta[tied[self.ties[key][0] :]] = 0
+            delta[tied[self.wall(key).ties :]] = 0
             floor = self.value
         return kernels.trim_below_(delta, floor) if floor else delta
 

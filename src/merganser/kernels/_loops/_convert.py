@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from merganser.kernels._loops._jit import Array, compiled
+from merganser.kernels._loops._jit import TILE, Array, compiled
 
 __all__ = ["finite", "narrow", "narrow_tile", "widen", "widen_less", "widen_tile"]
-
-_TILE = 1024
-"""Elements whose intermediate results stay in the first-level cache."""
 
 _TOP = 1 << 31
 _TO_OVERFLOW = _TOP - 0x7F7F8000
@@ -57,9 +54,9 @@ def widen(raw: Array, out: Array) -> Any:
 def widen_less(raw: Array, minus: Array, out: Array) -> Any:
     """bfloat16 (as uint16) to float32, less other numbers; whether all elements were finite."""
     bits, good = out.view(np.uint32), True
-    for first in range(0, raw.size, _TILE):
-        own, less, result = raw[first : first + _TILE], minus[first : first + _TILE], out[first : first + _TILE]
-        widen_tile(own, bits[first : first + _TILE])
+    for first in range(0, raw.size, TILE):
+        own, less, result = raw[first : first + TILE], minus[first : first + TILE], out[first : first + TILE]
+        widen_tile(own, bits[first : first + TILE])
         good &= finite(own)
         for i in range(own.size):
             result[i] -= less[i]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._jit import Array, compiled, float32_pointer, vector_at
+from merganser.kernels._loops._jit import TILE, Array, compiled, float32_pointer, vector_at
 
 __all__ = ["combine", "disjoint", "variance", "variance_tile"]
-
-_TILE = 1024
-"""Elements whose intermediate results stay in the first-level cache."""
 
 _ALL = 3
 """Of what is taken: the sum of all entries, without an election."""
@@ -126,9 +123,9 @@ def disjoint(
         How many more sums are positive than negative, and whether entries cancel.
     """
     size, balance, doubt, none = base.size, 0, False, np.float32(0)
-    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
-    for first in range(0, size, _TILE):
-        count = min(size - first, _TILE)
+    vectors, room = np.empty((addresses.size, TILE), np.float32), np.empty((4, TILE), np.float32)
+    for first in range(0, size, TILE):
+        count = min(size - first, TILE)
         for k in range(addresses.size):
             given = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
             floor, vector = floors[k], vectors[k]
@@ -168,9 +165,9 @@ def variance_tile(vectors: Array, count: int, total: Array, out: Array) -> None:
 def variance(addresses: Array, out: Array) -> None:
     """The variance over vectors of float32, entry by entry."""
     size = out.size
-    vectors, total = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float64)
-    for first in range(0, size, _TILE):
-        count = min(size - first, _TILE)
+    vectors, total = np.empty((addresses.size, TILE), np.float32), np.empty(TILE, np.float64)
+    for first in range(0, size, TILE):
+        count = min(size - first, TILE)
         for k in range(addresses.size):
             vectors[k, :count] = vector_at(float32_pointer(addresses[k]), size, np.float32)[first : first + count]
         variance_tile(vectors, count, total, out[first : first + count])

@@ -11,10 +11,13 @@ from typing import Any, TypeVar, cast
 import numba
 import numba.extending
 
-__all__ = ["Array", "cache_of", "compiled", "float32_pointer", "forget_others", "uint16_pointer", "vector_at"]
+__all__ = ["TILE", "Array", "cache_of", "compiled", "float32_pointer", "forget_others", "uint16_pointer", "vector_at"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
+
+TILE = 1024
+"""Elements whose intermediate results stay in the first-level cache; `LANES` of `ordered_squares`."""
 
 _numba: Any = numba
 vector_at = _numba.carray

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._jit import Array, compiled
+from merganser.kernels._loops._jit import TILE, Array, compiled
 
 __all__ = ["place_by_rank", "rank_row", "split", "split_tile", "tally"]
-
-_TILE = 1024
-"""Elements whose intermediate results stay in the first-level cache."""
 
 _RADIX = 256
 """Values of a digit."""
@@ -49,9 +46,9 @@ def split_tile(keys: Array, low: int, high: int, mask: Array, inside: Array) -> 
 @compiled
 def split(keys: Array, low: int, high: int, inside: Array) -> tuple[int, int, int]:
     """How many keys (int32) are below `low`, equal to it, and in ``(low, high)``; the last ones go to `inside`."""
-    below, first, found, mask = 0, 0, 0, np.empty(_TILE, np.uint8)
-    for start in range(0, keys.size, _TILE):
-        own = split_tile(keys[start : start + _TILE], low, high, mask, inside[found:])
+    below, first, found, mask = 0, 0, 0, np.empty(TILE, np.uint8)
+    for start in range(0, keys.size, TILE):
+        own = split_tile(keys[start : start + TILE], low, high, mask, inside[found:])
         below, first, found = below + own[0], first + own[1], found + own[2]
     return below, first, found
 
@@ -112,6 +109,16 @@ def _insert(items: Array, steps: Array, most: int, out: Array) -> bool:
 
 
 @compiled
+def _sort_row(bits: Array, steps: Array, out: Array, items: Array) -> None:
+    """`rank_row` by radix alone, of bit patterns."""
+    for i in range(bits.size):
+        items[0, i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
+    ranked = _radix_sort(items[0], items[1])
+    for i in range(bits.size):
+        out[np.uint32(ranked[i] & _POSITION)] = steps[i]
+
+
+@compiled
 def rank_row(magnitudes: Array, steps: Array, out: Array, counts: Array, bins: Array, items: Array) -> None:
     """For each of a row of magnitudes the step that belongs to its rank; of equal ones the first has the lower rank.
 
@@ -119,7 +126,7 @@ def rank_row(magnitudes: Array, steps: Array, out: Array, counts: Array, bins: A
     sorted by insertion; where this takes many moves, by radix.
 
     Args:
-        magnitudes: n numbers of float32, finite, without sign bits.
+        magnitudes: n numbers of float32, without sign bits, no NaN.
         steps: n numbers of float32, one for each rank.
         out: n numbers of float32.
         counts: room for 2 n of int32.
@@ -129,6 +136,9 @@ def rank_row(magnitudes: Array, steps: Array, out: Array, counts: Array, bins: A
     width, bits, largest = magnitudes.size, magnitudes.view(np.int32), np.float32(0)
     for i in range(width):
         largest = max(largest, magnitudes[i])
+    if not largest < np.inf:  # differences of finite weights may be infinite, and have no bin
+        _sort_row(bits, steps, out, items)
+        return
     factor = np.float64(2 * width - 1) / np.float64(largest) if largest > 0 else 0.0
     for i in range(width):
         bins[i] = np.int32(magnitudes[i] * factor)
@@ -147,11 +157,7 @@ def rank_row(magnitudes: Array, steps: Array, out: Array, counts: Array, bins: A
         ranked[rank] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
         out[i] = steps[rank]
     if not _insert(ranked, steps, _MOVES * width, out):
-        for i in range(width):
-            ranked[i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
-        ranked = _radix_sort(ranked, items[1])
-        for i in range(width):
-            out[np.uint32(ranked[i] & _POSITION)] = steps[i]
+        _sort_row(bits, steps, out, items)
 
 
 @compiled

@@ -9,14 +9,11 @@ import numpy as np
 
 from merganser.kernels._loops._convert import narrow_tile, widen_tile
 from merganser.kernels._loops._disjoint import combine, variance_tile
-from merganser.kernels._loops._jit import Array, compiled, uint16_pointer, vector_at
+from merganser.kernels._loops._jit import TILE, Array, compiled, uint16_pointer, vector_at
 from merganser.kernels._loops._random import keep
 from merganser.kernels._loops._ranks import rank_row, split_tile
 
 __all__ = ["energies_stored", "merge_ranked", "merge_stored", "split_stored", "split_variances"]
-
-_TILE = 1024
-"""Elements of a tile."""
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -123,10 +120,10 @@ def merge_stored(
         How many more sums are positive than negative, and whether entries cancel.
     """
     size, balance, doubt = base.size, 0, False
-    vectors, room = np.empty((addresses.size, _TILE), np.float32), np.empty((4, _TILE), np.float32)
-    own, result, total = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32), np.empty(_TILE, np.float64)
-    for first in range(0, size, _TILE):
-        count = min(size - first, _TILE)
+    vectors, room = np.empty((addresses.size, TILE), np.float32), np.empty((4, TILE), np.float32)
+    own, result, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
+    for first in range(0, size, TILE):
+        count = min(size - first, TILE)
         _deltas(addresses, size, first, count, base, own, vectors)
         for k in range(len(counts)):
             vector, floor = vectors[k], walls[0, k]
@@ -221,10 +218,10 @@ def split_stored(raw: Array, base: Array, intervals: Array, inside: Array, count
     Returns:
         How many differences are zero.
     """
-    zeros, mask = 0, np.empty(_TILE, np.uint8)
-    gap, minus = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for first in range(0, raw.size, _TILE):
-        count = min(raw.size - first, _TILE)
+    zeros, mask = 0, np.empty(TILE, np.uint8)
+    gap, minus = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for first in range(0, raw.size, TILE):
+        count = min(raw.size - first, TILE)
         widen_tile(raw[first : first + count], gap.view(np.uint32))
         widen_tile(base[first : first + count], minus.view(np.uint32))
         for j in range(count):
@@ -236,11 +233,11 @@ def split_stored(raw: Array, base: Array, intervals: Array, inside: Array, count
 @compiled
 def split_variances(addresses: Array, base: Array, intervals: Array, inside: Array, counts: Array) -> int:
     """`split_stored` of the variance of models less their base, whose addresses are given."""
-    zeros, mask = 0, np.empty(_TILE, np.uint8)
-    vectors, own = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float32)
-    total, variance = np.empty(_TILE, np.float64), np.empty(_TILE, np.float32)
-    for first in range(0, base.size, _TILE):
-        count = min(base.size - first, _TILE)
+    zeros, mask = 0, np.empty(TILE, np.uint8)
+    vectors, own = np.empty((addresses.size, TILE), np.float32), np.empty(TILE, np.float32)
+    total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    for first in range(0, base.size, TILE):
+        count = min(base.size - first, TILE)
         _deltas(addresses, base.size, first, count, base, own, vectors)
         variance_tile(vectors, count, total, variance)
         zeros += _split(variance, count, intervals, inside, counts, mask)
@@ -273,13 +270,13 @@ def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums
         ties: of the variances that equal it the first so many are not below it; none is if that is negative.
         sums: for every model one number per chunk (float64).
     """
-    vectors, own = np.empty((addresses.size, _TILE), np.float32), np.empty(_TILE, np.float32)
-    total, variance = np.empty(_TILE, np.float64), np.empty(_TILE, np.float32)
-    lanes = np.empty((addresses.size, _TILE), np.float64)
+    vectors, own = np.empty((addresses.size, TILE), np.float32), np.empty(TILE, np.float32)
+    total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    lanes = np.empty((addresses.size, TILE), np.float64)
     for chunk in range(sums.shape[1]):
         lanes[:] = 0.0
-        for first in range(chunk * _CHUNK, min(base.size, (chunk + 1) * _CHUNK), _TILE):
-            count = min(base.size - first, _TILE)
+        for first in range(chunk * _CHUNK, min(base.size, (chunk + 1) * _CHUNK), TILE):
+            count = min(base.size - first, TILE)
             _deltas(addresses, base.size, first, count, base, own, vectors)
             if least >= 0:
                 ties = _select(vectors, count, least, ties, total, variance)
@@ -288,7 +285,7 @@ def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums
                 for j in range(count):
                     lane[j] += np.float64(vector[j]) * np.float64(vector[j])
         for k in range(addresses.size):
-            lane, half = lanes[k], _TILE // 2
+            lane, half = lanes[k], TILE // 2
             while half:
                 for j in range(half):
                     lane[j] += lane[half + j]
