@@ -97,6 +97,7 @@ def test_disjoint_merges(kind: str, take: str, zero: int, models: int) -> None:
             scale=0.7,
         ),
         kernels.Disjoint([-1.0] * models, [1.0] * models, take=take, zero=zero),
+        kernels.Disjoint([1.0] * models, [1.0] * models, take=take, zero=zero, counted=False),
     ]
     for rule in rules:
         for limits in (None, floors):
@@ -107,6 +108,7 @@ def test_disjoint_merges(kind: str, take: str, zero: int, models: int) -> None:
                     results.append((rule.merge([v.clone() for v in vectors], base, out, limits), out))
             assert results[0][0] == results[1][0]
             assert same(results[0][1], results[1][1])
+            assert rule.counted or results[0][0] == (0, False)
 
 
 @settings(max_examples=100, deadline=None)
@@ -125,8 +127,9 @@ def test_disjoint_merges_of_anything(rows: list[tuple[float, float, float]], zer
 
 
 @pytest.mark.parametrize("kind", ["lattice", "sparse", "heavy", "normal"])
-def test_variances(kind: str) -> None:
-    vectors = [random(3000, seed, kind) for seed in range(4)]
+@pytest.mark.parametrize("models", [2, 3, 4, 5])
+def test_variances(kind: str, models: int) -> None:
+    vectors = [random(3000, seed, kind) for seed in range(models)]
     results = []
     for on in (False, True):
         with accelerated(on):

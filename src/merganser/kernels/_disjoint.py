@@ -26,8 +26,9 @@ _NONE = np.zeros((0, 2), dtype=np.int64)
 _TAKE = {"mean": 0, "sum": 1, "max": 2}
 _ALL = 3
 
-Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, float]"
-"""What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0; the scale."""
+Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, bool, float]"
+"""What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0, whether it is
+counted how often signs are; the scale."""
 
 Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
 """What `keep_draws` returns."""
@@ -65,7 +66,7 @@ class Combination(ABC):
 
         Returns:
             How many more sums are positive than negative, and whether there are entries that are not zero but add up
-            to zero; zeros where no sign is elected.
+            to zero; zeros where no sign is elected, or nothing is counted.
 
         Complexity: one pass through memory at half the width.
         """
@@ -135,7 +136,7 @@ class Sum(Combination):
     scale: float = 1.0
 
     def _rule(self) -> Rule:
-        return np.ones((3, self.models), dtype=np.float32), _ALL, 0, self.scale
+        return np.ones((3, self.models), dtype=np.float32), _ALL, 0, False, self.scale
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Disjoint(Combination):
         take: ``mean``, or ``sum`` without the divisor, or ``max``, the largest ``|v_i|``.
         zero: the sign elected where the sum is exactly zero; 0 for none, so that nothing is taken there.
         scale: of the result.
+        counted: whether signs are counted; else the merge returns zeros.
     """
 
     weights: Sequence[float]
@@ -159,6 +161,7 @@ class Disjoint(Combination):
     take: str = "mean"
     zero: int = 1
     scale: float = 1.0
+    counted: bool = True
 
     def merge(
         self,
@@ -177,20 +180,21 @@ class Disjoint(Combination):
 
         Returns:
             How many more of the sums are positive than negative, and whether there are entries that are not zero but
-            add up to zero.
+            add up to zero; zeros if that is not counted.
 
         Complexity: O(vectors x elements); one pass through memory where it is compiled, about eight else.
         """
         fast = loops(*vectors, base, out)
         if fast is None:
-            return self._merge(vectors, base, out, floors or [0.0] * len(vectors))
+            counts = self._merge(vectors, base, out, floors or [0.0] * len(vectors))
+            return counts if self.counted else (0, False)
         limits = np.array(floors or [0.0] * len(vectors), dtype=np.float32)
         found = fast.disjoint(addresses(vectors), limits, *self._rule(), base.numpy(), out.numpy())
         return int(found[0]), bool(found[1])
 
     def _rule(self) -> Rule:
         rows = (self.weights, self.factors or [1.0] * len(self.weights), self.sizes)
-        return np.array(rows, dtype=np.float32), _TAKE[self.take], self.zero, self.scale
+        return np.array(rows, dtype=np.float32), _TAKE[self.take], self.zero, self.counted, self.scale
 
     def _merge(
         self,

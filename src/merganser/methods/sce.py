@@ -117,7 +117,7 @@ class Sce(Method, name="sce"):
         """The weighted mean of what is left."""
         shares = state.shares[block.key.name]
         sizes = [weight * share for weight, share in zip(block.weights, shares, strict=True)]
-        election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale)
+        election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale, counted=False)
         if (stored := block.stored()) is not None:
             none = [kernels.Wall(0.0)] * len(sizes)
             election.merge_stored(stored, kernels.Limits(none, least=self._least(block, state)))

@@ -156,7 +156,8 @@ class Ties(Method, name="ties"):
 
     def election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
         """The merge of what is left."""
-        return kernels.Disjoint(weights, [abs(w) for w in weights], take=self.merge_, zero=zero, scale=self.scale)
+        sizes, counted = [abs(w) for w in weights], self.zero_sign == "majority"
+        return kernels.Disjoint(weights, sizes, take=self.merge_, zero=zero, scale=self.scale, counted=counted)
 
     def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
         """The task vectors, and the magnitude from which on entries are kept."""
@@ -192,7 +193,7 @@ class Ties(Method, name="ties"):
             merged = block.buffer("total")
             vectors, limits = self._vectors(block, state)
             balance, doubtful = election.merge(vectors, block.base, merged, limits)
-        if self.zero_sign == "majority":
+        if election.counted:
             block.note(_note(region), balance)
             if doubtful:
                 block.doubt()

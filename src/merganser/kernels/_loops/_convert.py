@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from merganser.kernels._loops._jit import TILE, Array, compiled
+from merganser.kernels._loops._jit import Array, compiled, float32_of
 
-__all__ = ["finite", "narrow", "narrow_tile", "widen", "widen_less", "widen_tile"]
+__all__ = ["finite", "narrow", "narrow_tile", "widen", "widen_less", "widened"]
 
 _TOP = 1 << 31
 _TO_OVERFLOW = _TOP - 0x7F7F8000
@@ -20,10 +20,9 @@ _TO_OVERFLOW = _TOP - 0x7F7F8000
 
 
 @compiled
-def widen_tile(raw: Array, bits: Array) -> None:
-    """bfloat16 (as uint16) to float32 (as uint32)."""
-    for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
+def widened(raw: int) -> Any:
+    """bfloat16 (as uint16) to float32."""
+    return float32_of(np.uint32(raw) << np.uint32(16))
 
 
 @compiled
@@ -46,21 +45,17 @@ def finite(raw: Array) -> Any:
 @compiled
 def widen(raw: Array, out: Array) -> Any:
     """bfloat16 (as uint16) to float32; whether all elements are finite."""
-    widen_tile(raw, out.view(np.uint32))
+    for i in range(raw.size):
+        out[i] = widened(raw[i])
     return finite(raw)
 
 
 @compiled
 def widen_less(raw: Array, minus: Array, out: Array) -> Any:
     """bfloat16 (as uint16) to float32, less other numbers; whether all elements were finite."""
-    bits, good = out.view(np.uint32), True
-    for first in range(0, raw.size, TILE):
-        own, less, result = raw[first : first + TILE], minus[first : first + TILE], out[first : first + TILE]
-        widen_tile(own, bits[first : first + TILE])
-        good &= finite(own)
-        for i in range(own.size):
-            result[i] -= less[i]
-    return good
+    for i in range(raw.size):
+        out[i] = widened(raw[i]) - minus[i]
+    return finite(raw)
 
 
 @compiled

@@ -11,7 +11,17 @@ from typing import Any, TypeVar, cast
 import numba
 import numba.extending
 
-__all__ = ["TILE", "Array", "cache_of", "compiled", "float32_pointer", "forget_others", "uint16_pointer", "vector_at"]
+__all__ = [
+    "TILE",
+    "Array",
+    "cache_of",
+    "compiled",
+    "float32_of",
+    "float32_pointer",
+    "forget_others",
+    "uint16_pointer",
+    "vector_at",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
@@ -29,8 +39,8 @@ def compiled(function: F) -> F:
     return cast(F, _numba.njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
-def _intrinsic(function: Callable[..., Any]) -> Callable[[int], Any]:
-    return cast("Callable[[int], Any]", _numba.extending.intrinsic(function))
+def _intrinsic(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    return cast("Callable[[Any], Any]", _numba.extending.intrinsic(function))
 
 
 def _pointer(element: str) -> Callable[[Any, Any], Any]:
@@ -50,6 +60,17 @@ float32_pointer = _intrinsic(_pointer("float32"))
 
 uint16_pointer = _intrinsic(_pointer("uint16"))
 """The same of 16-bit elements."""
+
+
+def _float32_of(context: Any, bits: Any) -> Any:
+    def generate(ctx: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ctx.get_value_type(signature.return_type))
+
+    return _numba.types.float32(_numba.types.uint32), generate
+
+
+float32_of = _intrinsic(_float32_of)
+"""The float32 that has these bits (uint32), in compiled code."""
 
 
 def cache_of(function: Callable[..., Any]) -> str:

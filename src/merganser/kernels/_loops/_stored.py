@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merganser.kernels._loops._convert import narrow_tile, widen_tile
-from merganser.kernels._loops._disjoint import combine, variance_tile
+from merganser.kernels._loops._convert import narrow_tile, widened
+from merganser.kernels._loops._disjoint import combine, mask_tile, variance_tile
 from merganser.kernels._loops._jit import TILE, Array, compiled, uint16_pointer, vector_at
 from merganser.kernels._loops._random import keep
 from merganser.kernels._loops._ranks import rank_row, split_tile
@@ -24,65 +24,61 @@ _CHUNK = 1 << 14
 @compiled
 def _deltas(addresses: Array, size: int, first: int, count: int, base: Array, own: Array, vectors: Array) -> None:
     """The task vectors of a tile, float32, in the rows of a matrix, and the base in `own`."""
-    widen_tile(base[first : first + count], own.view(np.uint32))
+    minus = base[first : first + count]
+    for j in range(count):
+        own[j] = widened(minus[j])
     for k in range(addresses.size):
-        vector = vectors[k]
-        widen_tile(
-            vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count], vector.view(np.uint32)
-        )
+        raw, vector = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count], vectors[k]
         for j in range(count):
-            vector[j] -= own[j]
+            vector[j] = widened(raw[j]) - own[j]
 
 
 @compiled
-def _trim(vector: Array, count: int, wall: float, ties: int, above: bool) -> int:
-    """Set to zero the magnitudes of a tile that lie below a wall, or those `above` it.
+def _kept(values: Array, count: int, wall: float, ties: int, above: bool, mask: Array) -> int:
+    """The magnitudes of a tile that do not lie below a wall, or do not lie `above` it, as masks of bits.
 
     Of those that equal the wall the first `ties` lie above it, the others below; all lie above it if that is negative.
 
     Returns:
         How many of those that come next and equal it lie above it.
     """
-    none, edge, left = np.float32(0), np.float32(wall), ties
+    one, edge, left = np.uint32(1), np.float32(wall), ties
     if ties > 0:
         equal = np.int32(0)
         for j in range(count):
-            equal = np.int32(equal + np.int32(abs(vector[j]) == edge))
+            equal = np.int32(equal + np.int32(abs(values[j]) == edge))
         if equal > ties:
             for j in range(count):
-                upper = abs(vector[j]) > edge
-                if abs(vector[j]) == edge and left > 0:
+                upper = abs(values[j]) > edge
+                if abs(values[j]) == edge and left > 0:
                     upper, left = True, left - 1
-                if upper == above:
-                    vector[j] = none
+                mask[j] = np.uint32(upper == above) - one
             return 0
         left -= int(equal)
     if above and ties:
         for j in range(count):
-            vector[j] = none if abs(vector[j]) >= edge else vector[j]
+            mask[j] = np.uint32(abs(values[j]) >= edge) - one
     elif above:
         for j in range(count):
-            vector[j] = none if abs(vector[j]) > edge else vector[j]
+            mask[j] = np.uint32(abs(values[j]) > edge) - one
     elif ties:
         for j in range(count):
-            vector[j] = none if abs(vector[j]) < edge else vector[j]
+            mask[j] = np.uint32(abs(values[j]) < edge) - one
     else:
         for j in range(count):
-            vector[j] = none if abs(vector[j]) <= edge else vector[j]
+            mask[j] = np.uint32(abs(values[j]) <= edge) - one
     return left
 
 
 @compiled
-def _select(vectors: Array, count: int, least: float, ties: int, total: Array, variance: Array) -> int:
-    """`_trim` the variance over the rows, and set the entries to zero where nothing of it is left."""
-    none = np.float32(0)
+def _select(vectors: Array, count: int, least: float, ties: int, total: Array, variance: Array, mask: Array) -> int:
+    """Set the entries to zero whose variance over the rows lies below `least`, or is zero; what `_kept` returns."""
     variance_tile(vectors, count, total, variance)
-    left = _trim(variance, count, least, ties, False)
+    # nothing is above zero but what is not zero
+    left = _kept(variance, count, least, ties if least > 0 else 0, False, mask)
     for k in range(len(vectors)):
-        vector = vectors[k]
-        for j in range(count):
-            vector[j] = none if variance[j] == none else vector[j]
-    return left
+        mask_tile(vectors[k], mask, count)
+    return left if least > 0 else ties
 
 
 @compiled
@@ -94,6 +90,7 @@ def merge_stored(
     table: Array,
     take: int,
     zero: int,
+    counted: bool,
     scale: float,
     base: Array,
     out: Array,
@@ -110,6 +107,7 @@ def merge_stored(
         table: as for `combine`, and all that follow.
         take: what is taken.
         zero: the sign elected where the sum is 0.
+        counted: whether signs are counted.
         scale: of the merge.
         base: is added at last.
         out: receives the result.
@@ -122,6 +120,7 @@ def merge_stored(
     size, balance, doubt = base.size, 0, False
     vectors, room = np.empty((addresses.size, TILE), np.float32), np.empty((4, TILE), np.float32)
     own, result, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
+    mask = np.empty(TILE, np.uint32)
     for first in range(0, size, TILE):
         count = min(size - first, TILE)
         _deltas(addresses, size, first, count, base, own, vectors)
@@ -134,13 +133,13 @@ def merge_stored(
             counts[k, 0] += below
             counts[k, 1] += equal
         if least >= 0:
-            ties[2, 0] = _select(vectors, count, least, ties[2, 0], total, result)
+            ties[2, 0] = _select(vectors, count, least, ties[2, 0], total, result, mask)
         for k in range(addresses.size):
-            if walls[0, k] > 0:
-                ties[0, k] = _trim(vectors[k], count, walls[0, k], ties[0, k], False)
-            if walls[1, k] < np.inf:
-                ties[1, k] = _trim(vectors[k], count, walls[1, k], ties[1, k], True)
-        found = combine(vectors, count, table, take, zero, scale, own, result, room)
+            for side in range(2):
+                if walls[0, k] > 0 if side == 0 else walls[1, k] < np.inf:
+                    ties[side, k] = _kept(vectors[k], count, walls[side, k], ties[side, k], side == 1, mask)
+                    mask_tile(vectors[k], mask, count)
+        found = combine(vectors, count, table, take, zero, counted, scale, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
     return balance, doubt
@@ -157,6 +156,7 @@ def merge_ranked(
     table: Array,
     take: int,
     zero: int,
+    counted: bool,
     scale: float,
     base: Array,
     out: Array,
@@ -174,6 +174,7 @@ def merge_ranked(
         table: as for `combine`, and all that follow.
         take: what is taken.
         zero: the sign elected where the sum is 0.
+        counted: whether signs are counted.
         scale: of the merge.
         base: is added at last; whole rows.
         out: receives the result, rounded to bfloat16.
@@ -200,7 +201,7 @@ def merge_ranked(
                 # an entry that is never kept is zero already
                 for j in range(width):
                     vector[j] /= max(kept[j], least)
-        combine(vectors, width, table, take, zero, scale, own, result, room)
+        combine(vectors, width, table, take, zero, counted, scale, own, result, room)
         narrow_tile(result.view(np.uint32), out[first:last])
 
 
@@ -218,14 +219,12 @@ def split_stored(raw: Array, base: Array, intervals: Array, inside: Array, count
     Returns:
         How many differences are zero.
     """
-    zeros, mask = 0, np.empty(TILE, np.uint8)
-    gap, minus = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    zeros, mask, gap = 0, np.empty(TILE, np.uint8), np.empty(TILE, np.float32)
     for first in range(0, raw.size, TILE):
         count = min(raw.size - first, TILE)
-        widen_tile(raw[first : first + count], gap.view(np.uint32))
-        widen_tile(base[first : first + count], minus.view(np.uint32))
+        own, minus = raw[first : first + count], base[first : first + count]
         for j in range(count):
-            gap[j] = abs(gap[j] - minus[j])
+            gap[j] = abs(widened(own[j]) - widened(minus[j]))
         zeros += _split(gap, count, intervals, inside, counts, mask)
     return zeros
 
@@ -272,6 +271,7 @@ def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums
     """
     vectors, own = np.empty((addresses.size, TILE), np.float32), np.empty(TILE, np.float32)
     total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    mask = np.empty(TILE, np.uint32)
     lanes = np.empty((addresses.size, TILE), np.float64)
     for chunk in range(sums.shape[1]):
         lanes[:] = 0.0
@@ -279,7 +279,7 @@ def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums
             count = min(base.size - first, TILE)
             _deltas(addresses, base.size, first, count, base, own, vectors)
             if least >= 0:
-                ties = _select(vectors, count, least, ties, total, variance)
+                ties = _select(vectors, count, least, ties, total, variance, mask)
             for k in range(addresses.size):
                 vector, lane = vectors[k], lanes[k]
                 for j in range(count):
