@@ -19,6 +19,7 @@ class Expert:
         digest: of its weights.
         seconds: of training.
         vectors: the file of its (IA)^3 vectors, which are merged instead of its weights; they are folded into `model`.
+        moments: the statistics file with the Fisher estimate of its optimizer, where the suite keeps it.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Expert:
     digest: str
     seconds: float
     vectors: Path | None = None
+    moments: Path | None = None
 
     @property
     def merged(self) -> Path:

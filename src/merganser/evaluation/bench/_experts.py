@@ -20,12 +20,14 @@ from merganser.evaluation.bench._expert import Expert
 from merganser.evaluation.bench._lab import Lab, linear_head
 from merganser.evaluation.bench._learning import Network, train
 from merganser.evaluation.bench._schema import Training
+from merganser.evaluation.bench._statistics import squisher_of
 from merganser.evaluation.bench._store import file_digest, key, read_json, write_json, written_whole
 from merganser.training._ia3 import IA3_SUFFIX, fold_ia3, ia3_vectors, insert_ia3
 
 __all__ = ["fine_tune", "make_expert", "make_multitask"]
 
 VECTORS = "ia3.safetensors"
+MOMENTS = "squisher.safetensors"
 
 
 def make_expert(lab: Lab, name: str, seed: int) -> Expert:
@@ -34,12 +36,15 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
     if entry.expert is not None:
         return _given(lab, name, lab.suite.data / entry.expert, entry.head)
     start = lab.fresh_head(name, seed)
-    made_with = _made_with(lab, lab.settings.training, seed, file_digest(lab.part(name, "train"), lab.base))
+    more = ("moments",) if lab.settings.keeps_moments else ()
+    made_with = _made_with(lab, lab.settings.training, seed, file_digest(lab.part(name, "train"), lab.base), *more)
     folder = lab.cache / "experts" / f"{name}-{made_with}"
     if not folder.is_dir():
-        fine_tune(lab, {name: start}, lab.settings.training, lab.settings.training.steps, seed, folder)
+        fine_tune(
+            lab, {name: start}, lab.settings.training, lab.settings.training.steps, seed, folder, moments=bool(more)
+        )
     meta = read_json(folder / "meta.json")
-    head, vectors = folder / f"{name}.safetensors", folder / VECTORS
+    head, vectors, moments = (folder / file for file in (f"{name}.safetensors", VECTORS, MOMENTS))
     return Expert(
         name,
         folder / "model",
@@ -47,6 +52,7 @@ def make_expert(lab: Lab, name: str, seed: int) -> Expert:
         meta["digest"],
         meta["seconds"],
         vectors if vectors.exists() else None,
+        moments if moments.exists() else None,
     )
 
 
@@ -95,9 +101,19 @@ def make_multitask(lab: Lab, seed: int) -> list[Expert]:
 
 
 def fine_tune(
-    lab: Lab, heads: Mapping[str, Path | None], training: Training, steps: int, seed: int, folder: Path
+    lab: Lab,
+    heads: Mapping[str, Path | None],
+    training: Training,
+    steps: int,
+    seed: int,
+    folder: Path,
+    *,
+    moments: bool = False,
 ) -> None:
-    """Train a model on some tasks, from the base and the given heads, and write it to a folder."""
+    """Train a model on some tasks, from the base and the given heads, and write it to a folder.
+
+    With `moments` also the Fisher estimate of the optimizer's state.
+    """
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,7 +125,7 @@ def fine_tune(
         data = {name: lab.examples(name, "train", head) for name, head in heads.items()}
         if training.method == "ia3":
             insert_ia3(first.encoder, ia3_vectors(first.encoder, training.outputs, training.inputs))
-        train(networks, data, training, steps, seed)
+        optimizer = train(networks, data, training, steps, seed)
     with written_whole(folder) as draft:
         if training.method == "ia3":
             vectors = {n: p.detach() for n, p in first.encoder.named_parameters() if n.endswith(IA3_SUFFIX)}
@@ -122,5 +138,7 @@ def fine_tune(
             if network.head is not None:
                 layer = {n: t.detach().contiguous() for n, t in network.head.state_dict().items()}
                 save_file(layer, draft / f"{name}.safetensors")
+        if moments:
+            squisher_of(first, optimizer, training.batch).save(draft / MOMENTS)
         digest = file_digest(draft / "model")
         write_json(draft / "meta.json", {"digest": digest, "seconds": time.perf_counter() - began, "steps": steps})

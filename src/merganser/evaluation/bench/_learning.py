@@ -138,10 +138,13 @@ class Losses:
 
 def train(
     networks: Mapping[str, Network], data: Mapping[str, Examples], settings: Training, steps: int, seed: int
-) -> None:
+) -> torch.optim.Optimizer:
     """Fine-tune networks that share one encoder, the tasks taking turns in random order.
 
     AdamW with a rate of its own for the heads, linear warm-up and decay, clipped gradients. In place.
+
+    Returns:
+        The optimizer, with its state at the end.
     """
     shared = next(iter(networks.values())).encoder
     trained = _chosen(shared, settings.only if settings.method == "full" else [f"*{IA3_SUFFIX}"])
@@ -171,6 +174,7 @@ def train(
         schedule.step()
     for network in networks.values():
         network.eval()
+    return optimizer
 
 
 def _chosen(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:

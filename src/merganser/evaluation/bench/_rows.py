@@ -31,7 +31,17 @@ from merganser.recipe import Recipe, simple_recipe
 from merganser.statistics import TABLES
 from merganser.statistics._settings import parse_kinds
 
-__all__ = ["Measured", "baseline_row", "chooses", "collected", "merge_row", "needs_statistics", "walks"]
+__all__ = [
+    "Measured",
+    "baseline_row",
+    "chooses",
+    "collected",
+    "merge_row",
+    "moments_of",
+    "needs_statistics",
+    "reads_moments",
+    "walks",
+]
 
 State = Mapping[str, torch.Tensor]
 
@@ -49,8 +59,15 @@ def walks(entry: MethodEntry) -> bool:
     return isinstance(create_method(entry.method, entry.options), Sequential)
 
 
+def reads_moments(entry: MethodEntry) -> bool:
+    """Whether a method reads what the experts' optimizers have left, and no other statistics."""
+    return entry.method == "squisher"
+
+
 def needs_statistics(entry: MethodEntry, models: int) -> bool:
-    """Whether a method reads statistics."""
+    """Whether a method reads statistics that are collected."""
+    if reads_moments(entry):
+        return False
     method = create_method(entry.method, entry.options)
     if isinstance(method, Sequential):
         return method.curved
@@ -69,6 +86,25 @@ def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
     labels = lab.settings.splits.statistics if lab.settings.statistics.estimator == "empirical" else 0
     cost = dataclasses.replace(meter.cost, bytes=file.stat().st_size, flops=counter.total, labels=labels)
     return {"file": file.name, "cost": dataclasses.asdict(cost)}
+
+
+def moments_of(experts: Sequence[Expert]) -> Measured:
+    """What the experts' optimizers have left; it costs nothing.
+
+    Raises:
+        RecipeError: E0308, an expert was not trained here.
+    """
+    files = []
+    for expert in experts:
+        if expert.moments is None:
+            raise RecipeError(
+                "E0308",
+                "`squisher` needs the state of the optimizers, and the expert was not trained by this suite",
+                places=Place(file=str(expert.model), key=expert.task),
+                fix="leave the row out",
+            )
+        files.append(expert.moments)
+    return Measured(tuple(files), Cost())
 
 
 def merge_row(
@@ -156,6 +192,8 @@ def _check_kinds(lab: Lab, entry: MethodEntry, models: int) -> None:
     Raises:
         RecipeError: E0308.
     """
+    if reads_moments(entry):
+        return
     wanted = create_method(entry.method, entry.options).requires(models) & set(TABLES)
     missing = sorted(wanted - parse_kinds(lab.settings.statistics.kinds))
     if missing:

@@ -147,3 +147,8 @@ class SuiteFile(Strict):
     counts: Counts = Counts()
     seeds: list[StrictInt] = Field(default=[0], min_length=1)
     quick: dict[str, Any] = Field(default={}, description="What --quick changes: keys of this file, merged into it.")
+
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether the second moments of the experts' optimizers are kept, because a row merges by them."""
+        return any(entry.method == "squisher" for entry in self.methods)

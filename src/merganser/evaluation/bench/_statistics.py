@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
 
 from merganser._version import __version__
 from merganser.checkpoint import open_checkpoint
@@ -19,7 +20,7 @@ from merganser.evaluation.bench._store import file_digest, key
 from merganser.statistics import Statistics, collect
 from merganser.training._ia3 import IA3_SUFFIX, insert_ia3
 
-__all__ = ["statistics_of"]
+__all__ = ["squisher_of", "statistics_of"]
 
 
 def statistics_of(lab: Lab, expert: Expert) -> Path:
@@ -56,6 +57,14 @@ def _collected(lab: Lab, expert: Expert, batches: Sequence[Mapping[str, Any]], o
     if network.head is not None:
         patterns = [f"encoder.{pattern}" for pattern in patterns]
     found = collect(model, batches, wanted.kinds, estimator=wanted.estimator, include=patterns or None)
-    if network.head is None:
-        return found
+    return found if network.head is None else _of_encoder(found)
+
+
+def squisher_of(network: nn.Module, optimizer: Optimizer, batch: int) -> Statistics:
+    """The Fisher estimate of the optimizer that trained a network, under the names of its encoder's weights."""
+    return _of_encoder(collect(network, optimizer, "squisher", batch_size=batch))
+
+
+def _of_encoder(found: Statistics) -> Statistics:
+    """The statistics of the encoder of a network, under its own names."""
     return found.renamed(lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
