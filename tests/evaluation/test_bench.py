@@ -417,8 +417,8 @@ def test_squisher_merges_by_the_second_moments_that_training_leaves(tmp_path: Pa
     name = "encoder.layer.0.attention.self.query.weight"
     assert float(fishers[0][name].max()) > 0
     merged = mg.merge(tensors, method="squisher", statistics=[str(e.moments) for e in experts], base=str(lab.base))
-    expected = sum(f[name].double() * own[name].double() for f, own in zip(fishers, tensors, strict=True))
-    expected = expected / sum(f[name].double() for f in fishers)
+    fisher = torch.stack([f[name] for f in fishers]).double()
+    expected = (fisher * torch.stack([own[name] for own in tensors])).sum(0) / fisher.sum(0)
     assert torch.allclose(merged[name].double(), expected, rtol=1e-3, atol=1e-5)
     scores = lab.evaluator("test", experts)(merged).results
     for task, score in rows["squisher"]["scores"].items():

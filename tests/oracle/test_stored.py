@@ -58,6 +58,14 @@ def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
         ("della", {"density": 0.3, "epsilon": 0.3, "merge": "mean"}),
         ("della", {"density": 0.5, "rescale": "l1"}),
         ("della", {"density": 1.0}),
+        ("dare", {}),
+        ("dare", {"drop_rate": 0.3, "scale": 0.7}),
+        ("dare", {"drop_rate": 0.7, "then": "ties"}),
+        ("dare", {"drop_rate": 1.0, "then": "ties", "density": 1.0}),
+        ("dare", {"drop_rate": 0.5, "then": {"method": "ties", "trim": "tensor", "count": "exact"}}),
+        ("dare", {"drop_rate": 0.5, "then": {"method": "task_arithmetic", "scale": 0.3}, "rescale": "l1"}),
+        ("dare", {"drop_rate": 0.5, "then": {"method": "task_arithmetic", "scale": 0.3}, "scale": 2.0}),
+        ("dare", {"then": "average"}),
     ],
 )
 def test_merges_of_weights_as_files_have_them(
@@ -96,8 +104,10 @@ def test_merges_of_weights_as_files_have_them(
         )
         assert any(isinstance(call, kernels.Combination) for call in calls) == (
             on
-            and method in ("ties", "breadcrumbs", "sce", "della")
-            and options.get("rescale") != "l1"
+            and method in ("ties", "breadcrumbs", "sce", "della", "dare")
+            and (method == "dare" or options.get("rescale") != "l1")
+            and options.get("then") != "average"
+            and (method != "dare" or options.get("scale") != 2.0)
             and (method != "della" or options["density"] != 1.0)
         )
     assert all(same(results[0][name], results[1][name]) for name in base)

@@ -31,8 +31,9 @@ from merganser.kernels._arithmetic import (
 )
 from merganser.kernels._compiled import accelerate
 from merganser.kernels._convert import convert
-from merganser.kernels._disjoint import Combination, Disjoint, Limits, Sum, variance
+from merganser.kernels._disjoint import Combination, Disjoint, Dropped, Limits, Sum, variance
 from merganser.kernels._random import (
+    drop_draws,
     drop_mask,
     keep_draws,
     keep_mask,
@@ -58,6 +59,7 @@ __all__ = [
     "Bracket",
     "Combination",
     "Disjoint",
+    "Dropped",
     "Limits",
     "Partials",
     "RankCounter",
@@ -75,6 +77,7 @@ __all__ = [
     "convert",
     "count_nonfinite",
     "count_ones",
+    "drop_draws",
     "drop_mask",
     "equal_to",
     "exact_sum",

@@ -6,7 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ import numpy.typing as npt
 from merganser._torch import torch
 from merganser.kernels._arithmetic import balance, count_ones, flip_, nonzero, positions, sign_bits_, trim_below_
 from merganser.kernels._compiled import loops
+from merganser.kernels._random import Drops
 from merganser.kernels._stored import Stored, Wall, addresses
 
-__all__ = ["Combination", "Disjoint", "Limits", "Sum", "variance"]
+__all__ = ["Combination", "Disjoint", "Dropped", "Limits", "Sum", "variance"]
 
 _TILE = 1 << 13
 """Elements whose float64 copies stay in the cache."""
@@ -29,6 +30,9 @@ _ALL = 3
 Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, bool, float]"
 """What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0, whether it is
 counted how often signs are; the scale."""
+
+Dropped: TypeAlias = "Sequence[tuple[Drops, float]]"
+"""For each model what `drop_draws` returns, and a factor of what is kept."""
 
 Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
 """What `keep_draws` returns."""
@@ -57,12 +61,22 @@ class Combination(ABC):
         """For compiled loops."""
 
     def merge_stored(
-        self, stored: Stored, limits: Limits, counts: npt.NDArray[np.int64] | None = None
+        self,
+        stored: Stored,
+        limits: Limits,
+        counts: npt.NDArray[np.int64] | None = None,
+        dropped: Dropped | None = None,
     ) -> tuple[int, bool]:
         """The merge of ``t_i = W_i - W_0`` of a block as files have it, rounded to its type, in its buffer.
 
-        The bits are those of the merge of task vectors without the entries that do not count. Where `counts` is given
-        (models x 2), the numbers of magnitudes below each floor, and equal to it, are added to it.
+        The bits are those of the merge of task vectors without the entries that do not count.
+
+        Args:
+            stored: the block.
+            limits: which entries count.
+            counts: where it is given (models x 2), the numbers of magnitudes below each floor, and equal to it, are
+                added to it.
+            dropped: what is dropped at random before; nothing if None.
 
         Returns:
             How many more sums are positive than negative, and whether there are entries that are not zero but add up
@@ -82,6 +96,7 @@ class Combination(ABC):
             walls,
             ties,
             least.value,
+            *_drawn(dropped),
             *self._rule(),
             base,
             out,
@@ -126,6 +141,15 @@ class Combination(ABC):
             base,
             out,
         )
+
+
+def _drawn(dropped: Dropped | None) -> tuple[Any, ...]:
+    """For compiled loops: bytes, chances with factors, keys, and the position of the first element."""
+    if dropped is None:
+        return np.zeros((0, 0), np.uint8), np.zeros((0, 3)), np.zeros(0, np.uint64), 0
+    chances = np.array([(drops.coarse, drops.limit, factor) for drops, factor in dropped], dtype=np.float64)
+    keys = np.array([drops.key for drops, _ in dropped], dtype=np.uint64)
+    return np.array([drops.draws for drops, _ in dropped]), chances, keys, dropped[0][0].start
 
 
 @dataclass(frozen=True)

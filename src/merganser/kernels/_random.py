@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -12,9 +13,28 @@ import numpy.typing as npt
 from merganser._torch import torch
 from merganser.kernels._compiled import loops
 
-__all__ = ["drop_mask", "keep_draws", "keep_mask", "uniforms"]
+__all__ = ["Drops", "drop_draws", "drop_mask", "keep_draws", "keep_mask", "uniforms"]
 
 T = TypeVar("T", np.uint8, np.uint32)
+
+
+@dataclass(frozen=True)
+class Drops:
+    """What decides which entries of a vector are dropped at random.
+
+    Attributes:
+        draws: a byte for each entry.
+        coarse: entries whose byte is less are dropped, those whose byte is more are kept; all are dropped if it is 256.
+        limit: where the byte equals it, the entry is dropped if 64 more bits are below this.
+        start: the position of the first entry, on which those bits depend.
+        key: on which they depend, too.
+    """
+
+    draws: npt.NDArray[np.uint8]
+    coarse: int
+    limit: float
+    start: int
+    key: np.uint64
 
 
 def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rate: float) -> torch.Tensor:
@@ -34,20 +54,26 @@ def drop_mask(seed: int, model: int, name: str, start: int, count: int, drop_rat
 
     Complexity: O(count), about 0.6 ns per element.
     """
-    key = _stream_key(seed, model, name, b"merganser drop")
-    draws = _philox(key, np.dtype(np.uint8), start, count)
-    coarse = math.floor(drop_rate * 256)
-    if coarse == 256:
+    drops = drop_draws(seed, model, name, start, count, drop_rate)
+    if drops.coarse == 256:
         return torch.zeros(count, dtype=torch.uint8)
     if (fast := loops()) is not None:
         found = torch.empty(count, dtype=torch.uint8)
-        fast.drop(draws, coarse, (drop_rate * 256 - coarse) * 2.0**64, start, key[2], found.numpy())
+        fast.drop(drops.draws, drops.coarse, drops.limit, start, drops.key, found.numpy())
         return found
-    mask = np.greater(draws, coarse)
-    undecided = np.flatnonzero(draws == coarse)
-    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), key[2])
-    mask[undecided] = fine >= (drop_rate * 256 - coarse) * 2.0**64
+    mask = np.greater(drops.draws, drops.coarse)
+    undecided = np.flatnonzero(drops.draws == drops.coarse)
+    fine = _splitmix64(undecided.astype(np.uint64) + np.uint64(start), drops.key)
+    mask[undecided] = fine >= drops.limit
     return torch.from_numpy(mask.view(np.uint8))
+
+
+def drop_draws(seed: int, model: int, name: str, start: int, count: int, drop_rate: float) -> Drops:
+    """What `drop_mask` draws."""
+    key = _stream_key(seed, model, name, b"merganser drop")
+    coarse = math.floor(drop_rate * 256)
+    draws = _philox(key, np.dtype(np.uint8), start, count)
+    return Drops(draws, coarse, (drop_rate * 256 - coarse) * 2.0**64, start, key[2])
 
 
 def keep_mask(seed: int, model: int, name: str, start: int, probabilities: torch.Tensor) -> torch.Tensor:

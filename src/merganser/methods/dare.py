@@ -12,7 +12,7 @@ from merganser.methods._block import Block, Context, Transform, TransformedBlock
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
-from merganser.methods._stages import l1_factors
+from merganser.methods._stages import combination, l1_factors
 from merganser.methods.task_arithmetic import TaskArithmetic
 from merganser.methods.ties import Ties
 
@@ -22,6 +22,7 @@ __all__ = ["Dare"]
 @dataclass(frozen=True)
 class _DareState:
     transform: Transform
+    factors: Mapping[str, list[float]]
     inner: State
 
 
@@ -70,6 +71,11 @@ class Dare(Composed, name="dare"):
         """Those of the second stage, and one for the masks."""
         return self.inner.buffers(models) + 1
 
+    def reads_stored(self) -> bool:
+        """Where the second stage is a sum, or TIES, and its result stands as it is."""
+        sums = isinstance(self.inner, TaskArithmetic) and not self.inner.normalize
+        return (sums or isinstance(self.inner, Ties)) and (self.scale == 1 or not isinstance(self.then, Method))
+
     @property
     def inner(self) -> Method:
         """The second stage."""
@@ -86,7 +92,7 @@ class Dare(Composed, name="dare"):
         def transform(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
             return self._drop(block, index, delta).mul_(factors[block.key.name][index])
 
-        return _DareState(transform, self.inner.prepare(TransformedContext(context, transform)))
+        return _DareState(transform, factors, self.inner.prepare(TransformedContext(context, transform)))
 
     def _drop(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
         rate, key = per_model(self.drop_rate, index), block.key
@@ -103,10 +109,29 @@ class Dare(Composed, name="dare"):
 
     def merge(self, block: Block, state: _DareState) -> torch.Tensor:
         """The second stage on the dropped and rescaled task vectors."""
-        return self._finish(block, self.inner.merge(TransformedBlock(block, state.transform), state.inner))
+        return self.results(block, state)[0]
+
+    def _combined(self, block: Block, state: _DareState) -> torch.Tensor | None:
+        """The merge of weights as files have them; None where there are no loops for it."""
+        inner = self.inner
+        rule = combination(inner, block.weights) if self.reads_stored() else None
+        stored = None if rule is None else block.stored()
+        if rule is None or stored is None:
+            return None
+        key, size, factors = block.key, stored.base.numel(), state.factors[block.key.name]
+        dropped = [
+            (kernels.drop_draws(block.seed, index, key.name, key.start, size, per_model(self.drop_rate, index)), factor)
+            for index, factor in enumerate(factors)
+        ]
+        if isinstance(inner, Ties):
+            return inner.merge_stored(block, stored, state.inner, dropped)
+        rule.merge_stored(stored, kernels.Limits([kernels.Wall(0.0)] * len(factors)), None, dropped)
+        return stored.out
 
     def results(self, block: Block, state: _DareState) -> list[torch.Tensor]:
         """Those of the second stage."""
+        if (combined := self._combined(block, state)) is not None:
+            return [combined]
         found = self.inner.results(TransformedBlock(block, state.transform), state.inner)
         return [self._finish(block, merged) for merged in found]
 
@@ -116,4 +141,4 @@ class Dare(Composed, name="dare"):
     def review(self, state: _DareState, notes: Mapping[str, int]) -> _DareState | None:
         """What the second stage says."""
         inner = self.inner.review(state.inner, notes)
-        return None if inner is None else _DareState(state.transform, inner)
+        return None if inner is None else _DareState(state.transform, state.factors, inner)

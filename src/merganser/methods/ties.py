@@ -177,27 +177,38 @@ class Ties(Method, name="ties"):
 
     def merge(self, block: Block, state: TiesState) -> torch.Tensor:
         """The disjoint merge of one block."""
-        region = self._region(block.key)
-        election = self.election(block.weights, state.majority[region])
         if (stored := block.stored()) is not None:
-            merged = stored.out
-            floors = [threshold.wall(block.key) for threshold in state.thresholds[region]]
-            counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
-            balance, doubtful = election.merge_stored(stored, kernels.Limits(floors), counts)
-            if counts is not None:
-                for index, (below, equal) in enumerate(counts.tolist()):
-                    block.note(f"below {index}", below)
-                    block.note(f"equal {index}", equal)
-                block.doubt()
-        else:
-            merged = block.buffer("total")
-            vectors, limits = self._vectors(block, state)
-            balance, doubtful = election.merge(vectors, block.base, merged, limits)
+            return self.merge_stored(block, stored, state)
+        merged = block.buffer("total")
+        vectors, limits = self._vectors(block, state)
+        election = self._election_of(block, state)
+        self._count(block, election, *election.merge(vectors, block.base, merged, limits))
+        return merged
+
+    def merge_stored(
+        self, block: Block, stored: kernels.Stored, state: TiesState, dropped: kernels.Dropped | None = None
+    ) -> torch.Tensor:
+        """The merge of one block as files have it, of which entries are dropped at random before."""
+        floors = [threshold.wall(block.key) for threshold in state.thresholds[self._region(block.key)]]
+        counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
+        election = self._election_of(block, state)
+        self._count(block, election, *election.merge_stored(stored, kernels.Limits(floors), counts, dropped))
+        if counts is not None:
+            for index, (below, equal) in enumerate(counts.tolist()):
+                block.note(f"below {index}", below)
+                block.note(f"equal {index}", equal)
+            block.doubt()
+        return stored.out
+
+    def _election_of(self, block: Block, state: TiesState) -> kernels.Disjoint:
+        return self.election(block.weights, state.majority[self._region(block.key)])
+
+    def _count(self, block: Block, election: kernels.Disjoint, balance: int, doubtful: bool) -> None:
+        """Note what the majority sign depends on."""
         if election.counted:
-            block.note(_note(region), balance)
+            block.note(_note(self._region(block.key)), balance)
             if doubtful:
                 block.doubt()
-        return merged
 
     def buffers(self, models: int) -> int:
         """One per model, and four for signs, magnitudes, counts and masks."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from merganser.kernels._loops import _jit
 from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
 from merganser.kernels._loops._disjoint import disjoint, variance
+from merganser.kernels._loops._passes import energies_stored, split_stored, split_variances
 from merganser.kernels._loops._random import drop, keep
 from merganser.kernels._loops._ranks import place_by_rank, split, tally
-from merganser.kernels._loops._stored import energies_stored, merge_ranked, merge_stored, split_stored, split_variances
+from merganser.kernels._loops._stored import merge_ranked, merge_stored
 
 __all__ = [
     "disjoint",
