@@ -78,6 +78,7 @@ PAIRS = [
     Pair("ties", 2, DENSITY, "ties", DENSITY, factor=15),
     Pair("ties", 4, DENSITY, "ties", DENSITY, factor=15),
     Pair("ties", 2, {**DENSITY, "trim": "tensor"}, "ties", DENSITY, factor=15),
+    Pair("ties", 2, {**DENSITY, "trim": "tensor", "zero_sign": "positive"}, "ties", DENSITY, factor=15),
     Pair("dare", 2, {"drop_rate": 0.9}, "dare_linear", {"density": 0.1}),
     Pair("dare", 2, {"drop_rate": 0.9, "then": "ties", "density": 1.0}, "dare_ties", {"density": 0.1}, factor=15),
     Pair("breadcrumbs", 2, TRIMMED, "breadcrumbs", TRIMMED, factor=8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from merganser import kernels
 from merganser.engine import _commit
 from merganser.engine._weights import WeightFiles
 from merganser.errors import NumericError
-from merganser.methods import Context, _select, ties
+from merganser.methods import Block, Context, _select, ties
 from tests.oracle.test_compiled import accelerated, same
 
 
@@ -200,6 +201,33 @@ def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: p
     assert presumed
     assert bool(whole) == (wrong is not None)
     assert all(same(merged[name], expected[name]) for name in base)
+
+
+def test_only_blocks_that_cancel_are_merged_again_for_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = torch.arange(1, 1001).div(256)
+    base = {name: torch.zeros(1000) for name in ("a.weight", "b.weight", "c.weight")}
+    one, two = ({name: zeros + sign * change for name, zeros in base.items()} for sign in (1, -1))
+    two["b.weight"] = 2 * change  # nothing cancels
+    for model in (one, two):
+        model["c.weight"] = torch.where(change > 2, -change, model["c.weight"])  # the majority is negative
+    merged: list[str] = []
+    merge = ties.Ties.merge
+
+    def counted(method: ties.Ties, block: Block, state: ties.TiesState) -> torch.Tensor:
+        merged.append(block.key.name)
+        return merge(method, block, state)
+
+    def guessed(method: ties.Ties, context: Context, state: ties.TiesState, **rest: Any) -> ties.TiesState:
+        return replace(state, majority=dict.fromkeys(state.thresholds, 1))
+
+    expected = merganser.merge([one, two], method="ties", base=base, trim="tensor", density=1.0)
+    monkeypatch.setattr(ties.Ties, "merge", counted)
+    monkeypatch.setattr(ties.Ties, "_with_majority", guessed)
+    found = merganser.merge([one, two], method="ties", base=base, trim="tensor", density=1.0)
+    # a.weight has no majority, b.weight the one that was guessed
+    assert sorted(merged) == ["a.weight", "a.weight", "b.weight", "c.weight", "c.weight"]
+    assert all(same(found[name], expected[name]) for name in base)
+    assert not bool(found["a.weight"].any())
 
 
 def test_thresholds_that_a_sample_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:

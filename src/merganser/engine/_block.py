@@ -126,7 +126,7 @@ class StreamBlock(Block):
     Attributes:
         notes: counts that the method added.
         figures: what the method reported.
-        doubtful: whether the method doubts the result.
+        doubts: why the method doubts the result.
         start: the method and state of the initialisation.
         may_round: whether what the method returns is written as it is, so that it may be rounded already.
     """
@@ -138,7 +138,7 @@ class StreamBlock(Block):
         self.seed = seed
         self.notes: Counter[str] = Counter()
         self.figures: dict[str, Any] = {}
-        self.doubtful = False
+        self.doubts: set[str] = set()
         self.start: tuple[Method, object] | None = None
         self.may_round = True
         self._reader = reader
@@ -238,8 +238,8 @@ class StreamBlock(Block):
     def note(self, name: str, amount: int) -> None:
         self.notes[name] += amount
 
-    def doubt(self) -> None:
-        self.doubtful = True
+    def doubt(self, reason: str = "") -> None:
+        self.doubts.add(reason)
 
     def _get(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         return self._reader.scratch.get(key, self.key.stop - self.key.start, dtype, self._reader.device)

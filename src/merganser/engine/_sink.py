@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class Completion:
         self._left: dict[str, int] = {}
         self._notes: dict[str, Counter[str]] = {}
         self._figures: dict[str, Mapping[str, Any]] = {}
-        self._doubted: dict[str, list[BlockKey]] = {}
+        self._doubted: dict[str, dict[BlockKey, frozenset[str]]] = {}
         for spec in specs:
             earlier = sink.finished(spec.name)
             if earlier is None:
@@ -117,15 +117,15 @@ class Completion:
         notes: Mapping[str, int] | None = None,
         figures: Mapping[str, Any] | None = None,
         *,
-        doubtful: bool = False,
+        doubts: Collection[str] = (),
     ) -> None:
-        """A block was written."""
+        """A block was written, and its method doubts it for some reasons."""
         with self._lock:
             self._notes[key.name].update(notes or {})
             if figures:
                 self._figures[key.name] = figures
-            if doubtful:
-                self._doubted.setdefault(key.name, []).append(key)
+            if doubts:
+                self._doubted.setdefault(key.name, {})[key] = frozenset(doubts)
             self._left[key.name] -= key.stop - key.start
             ready = self._left[key.name] == 0 and key.name not in self._doubted
         if ready:
@@ -146,20 +146,13 @@ class Completion:
         """What the method reported, by tensor."""
         return {name: dict(self._figures[name]) for name in self._notes if self._figures.get(name)}
 
-    def doubted(self) -> list[BlockKey]:
-        """The blocks whose result is in doubt, in order."""
-        return sorted((key for keys in self._doubted.values() for key in keys), key=lambda key: (key.name, key.start))
-
-    def repeat(self) -> list[BlockKey]:
-        """The doubted blocks, which are now to be merged once more and then stand."""
-        keys = self.doubted()
+    def repeat(self, wanted: Callable[[BlockKey, frozenset[str]], bool] = lambda key, doubts: False) -> list[BlockKey]:
+        """Of the doubted blocks those that are wanted, in order: they are to be merged again. All others stand."""
+        doubted, self._doubted = self._doubted, {}
+        keys = [key for blocks in doubted.values() for key, doubts in blocks.items() if wanted(key, doubts)]
         for key in keys:
             self._left[key.name] += key.stop - key.start
-        self._doubted = {}
-        return keys
-
-    def accept(self) -> None:
-        """The doubted blocks stand as they are."""
-        names, self._doubted = list(self._doubted), {}
-        for name in names:
-            self._finish(name)
+        for name in doubted:
+            if self._left[name] == 0:
+                self._finish(name)
+        return sorted(keys, key=lambda key: (key.name, key.start))

@@ -186,15 +186,16 @@ class Stream:
                 if again:
                     completion.done(key)
                 else:
-                    completion.done(key, block.notes, block.figures, doubtful=block.doubtful)
+                    completion.done(key, block.notes, block.figures, doubts=block.doubts)
 
         for _ in self.executor_for(pending).map(lambda t: run(t, state), self.tasks(pending.values())):
             pass
         revised = method.review(state, completion.notes())
         if revised is None:
-            completion.accept()
+            completion.repeat()
         else:
-            tasks = ([key] for key in completion.repeat())
+            keys = completion.repeat(lambda key, doubts: method.repeats(key, doubts, revised))
+            tasks = ([key] for key in keys)
             for _ in self.executor.map(lambda t: run(t, revised, again=True), tasks):
                 pass
         return completion.figures(), method.memory(state)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
-from merganser.methods._block import Block, Context
+from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._options import Tensors, check_options, option, option_info, option_name
 
 __all__ = ["About", "Method", "State", "check_equal", "check_normalisable", "check_positive"]
@@ -209,6 +209,16 @@ class Method(ABC):
     def review(self, state: State, notes: Mapping[str, int]) -> State | None:
         """After the merge: None if every block stands, or the state with which the doubted ones are merged again."""
         return None
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: State) -> bool:
+        """Whether a doubted block is merged again with the state that `review` has revised.
+
+        Args:
+            key: the block.
+            doubts: why it was doubted.
+            revised: the state.
+        """
+        return True
 
 
 def check_normalisable(method: Method, weights: Sequence[float]) -> None:

@@ -110,8 +110,8 @@ class Block(ABC):
         """Add to a count of the whole pass, which `Method.review` receives."""
 
     @abstractmethod
-    def doubt(self) -> None:
-        """Mark this block's result as one that `Method.review` may ask to be computed again."""
+    def doubt(self, reason: str = "") -> None:
+        """Mark this block's result as one that `Method.review` may ask to be computed again, for some reason."""
 
     def stored(self) -> kernels.Stored | None:
         """Base and models as files have them, where there are loops for that; None elsewhere, and for changed models.
@@ -245,9 +245,9 @@ class TransformedBlock(Block):
         """Add to a count of the pass."""
         self._inner.note(name, amount)
 
-    def doubt(self) -> None:
+    def doubt(self, reason: str = "") -> None:
         """Mark the result as provisional."""
-        self._inner.doubt()
+        self._inner.doubt(reason)
 
 
 class TransformedContext(Context):

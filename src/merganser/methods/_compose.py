@@ -112,3 +112,7 @@ class Composed(Method):
     def review(self, state: State, notes: Mapping[str, int]) -> State | None:
         """What the inner method says."""
         return self.inner.review(state, notes)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: State) -> bool:
+        """What the inner method says; a subclass with a state of its own hands on that of the inner method."""
+        return self.inner.repeats(key, doubts, revised)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, Context, Transform, TransformedBlock, TransformedContext
+from merganser.methods._block import Block, BlockKey, Context, Transform, TransformedBlock, TransformedContext
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
@@ -142,3 +142,7 @@ class Dare(Composed, name="dare"):
         """What the second stage says."""
         inner = self.inner.review(state.inner, notes)
         return None if inner is None else _DareState(state.transform, state.factors, inner)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _DareState) -> bool:
+        """What the method inside says."""
+        return self.inner.repeats(key, doubts, revised.inner)

@@ -11,7 +11,7 @@ from merganser._torch import torch
 from merganser.blocks import is_head
 from merganser.errors import Place, RecipeError
 from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, Context, Transform, TransformedBlock, TransformedContext
+from merganser.methods._block import Block, BlockKey, Context, Transform, TransformedBlock, TransformedContext
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
@@ -234,6 +234,10 @@ class Darex(Composed, Search, name="darex"):
         """What the merge says."""
         inner = self.inner.review(state.inner, notes)
         return None if inner is None else _DarexState(state.transform, inner)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _DarexState) -> bool:
+        """What the method inside says."""
+        return self.inner.repeats(key, doubts, revised.inner)
 
 
 def _bias_of(weight: str) -> str:

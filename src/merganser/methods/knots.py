@@ -232,3 +232,7 @@ class Knots(Composed, name="knots"):
         """What the inner method says."""
         inner = self.inner.review(state.inner, notes) if state.inner is not None else None
         return None if inner is None else _KnotsState(state.bases, inner)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _KnotsState) -> bool:
+        """What the method inside says."""
+        return self.inner.repeats(key, doubts, revised.inner)

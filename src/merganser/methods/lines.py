@@ -12,7 +12,7 @@ from merganser.blocks import layer_of
 from merganser.errors import Place, RecipeError
 from merganser.kernels import Partials
 from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, Context
+from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._compose import Composed
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option
@@ -137,6 +137,10 @@ class Lines(Composed, name="lines"):
         """What the method inside says."""
         inner = self.of.review(state.inner, notes)
         return None if inner is None else _LinesState(inner, state.factors)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _LinesState) -> bool:
+        """What the method inside says."""
+        return self.of.repeats(key, doubts, revised.inner)
 
 
 def _layer(name: str) -> tuple[str, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,6 +21,9 @@ __all__ = ["Ties", "TiesState"]
 _SAMPLE = 1 / 64
 _SAMPLE_OF_TENSORS = 1 / 16
 
+_THRESHOLD, _SIGN = "threshold", "sign"
+"""Why a block is doubted: a threshold was presumed; entries cancel, and the majority sign was estimated."""
+
 
 @dataclass(frozen=True)
 class TiesState:
@@ -31,12 +34,14 @@ class TiesState:
         majority: the sign that replaces an elected sign of 0.
         ranks: of the thresholds, where they are only presumed.
         again: finds what is presumed out.
+        wrong: of a state that is revised: the regions of which blocks are merged again, and why.
     """
 
     thresholds: Mapping[str | None, tuple[Threshold, ...]]
     majority: Mapping[str | None, int]
     ranks: Sequence[int] | None = None
     again: Callable[[], TiesState] | None = None
+    wrong: Mapping[str | None, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ class Ties(Method, name="ties"):
             for index, (below, equal) in enumerate(counts.tolist()):
                 block.note(f"below {index}", below)
                 block.note(f"equal {index}", equal)
-            block.doubt()
+            block.doubt(_THRESHOLD)
         return stored.out
 
     def _election_of(self, block: Block, state: TiesState) -> kernels.Disjoint:
@@ -208,7 +213,7 @@ class Ties(Method, name="ties"):
         if election.counted:
             block.note(_note(self._region(block.key)), balance)
             if doubtful:
-                block.doubt()
+                block.doubt(_SIGN)
 
     def buffers(self, models: int) -> int:
         """One per model, and four for signs, magnitudes, counts and masks."""
@@ -220,11 +225,17 @@ class Ties(Method, name="ties"):
             below = notes[f"below {index}"]
             if not below <= rank < below + notes[f"equal {index}"]:
                 assert state.again is not None
-                return state.again()
+                return replace(state.again(), wrong={None: _THRESHOLD})
         if self.zero_sign == "positive":
             return None
         majority = {region: _sign(notes.get(_note(region), 0)) for region in state.majority}
-        return None if majority == state.majority else replace(state, majority=majority)
+        wrong = {region: _SIGN for region, sign in majority.items() if sign != state.majority[region]}
+        return replace(state, majority=majority, wrong=wrong) if wrong else None
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: TiesState) -> bool:
+        """Where a threshold was wrong; where the majority sign was, if entries cancel."""
+        reason = revised.wrong.get(self._region(key))
+        return reason == _THRESHOLD or reason in doubts
 
 
 def _note(region: str | None) -> str:
