@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +106,12 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def given_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that were given on the command line."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    return {key: value for key, value in given.items() if value is not None and value != ()}
+
+
 def build_recipe(
     inputs: Sequence[str],
     method: str | None,
@@ -139,8 +145,7 @@ def build_recipe(
 
     from merganser.recipe import load_recipe, simple_recipe
 
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
-    extra: dict[str, Any] = {key: value for key, value in given.items() if value is not None and value != ()}
+    extra = given_keys(keys)
     numbers = None if weights is None else _numbers(weights)
     if onto is not None:
         from merganser.engine import onto_recipe

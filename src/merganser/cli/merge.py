@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +34,7 @@ from merganser.cli._common import (
     build_recipe,
     format_seconds,
     format_size,
+    given_keys,
     parse_size,
     settle_process,
 )
@@ -49,6 +53,10 @@ def merge(
     locked: Annotated[
         str | None,
         typer.Option("--locked", metavar="LOCK", help="Do the merge of a lock file again, and insist on its bytes."),
+    ] = None,
+    mergekit: Annotated[
+        str | None,
+        typer.Option("--mergekit", metavar="FILE", help="Do the merge of a recipe of mergekit, with its numbers."),
     ] = None,
     method: MethodName = None,
     base: Base = None,
@@ -92,12 +100,16 @@ def merge(
 ) -> None:
     """Merge models into a folder that loads."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    chosen = (method, base, weights, settings, statistics, data, onto, init, device, eval_cmd, *keys.values())
+    chosen = (method, base, weights, settings, statistics, data, onto, init, device, eval_cmd, mergekit, *keys.values())
     again = None if locked is None else _locked(locked, inputs or [], any(chosen) or allow_nonfinite)
+    notes: tuple[str, ...] = ()
     if again is None:
-        recipe = build_recipe(
-            inputs or [], method, base, weights, settings, statistics, data=data, onto=onto, init=init, **keys
-        )
+        if mergekit is not None:
+            recipe, notes = _imported(mergekit, bool(inputs or any(chosen[:8])), keys)
+        else:
+            recipe = build_recipe(
+                inputs or [], method, base, weights, settings, statistics, data=data, onto=onto, init=init, **keys
+            )
         shard_bytes = parse_size(shard_size)
     else:
         recipe, shard_bytes = again.recipe, int(again.settings["shard_bytes"])
@@ -114,6 +126,8 @@ def merge(
     evaluator = command_evaluator(eval_cmd)
     recipe, record = resolve(recipe, evaluator, device=device, max_memory=budget, threads=threads)
     plan = make_plan(recipe, threads=threads, max_memory=budget)
+    for text in notes:
+        tell(f"note: {text}")
     for text in (*(again.differences if again is not None else ()), *plan.warnings):
         tell(f"warning: {text}")
     with Progress(plan.bytes_read, quiet=quiet or json) as progress:
@@ -164,6 +178,20 @@ def _resources(
     return None if layerwise else DEFAULT_MEMORY, threads
 
 
+def _imported(file: str, chosen: bool, keys: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """The merge of a recipe of mergekit, some of whose keys are overridden, and what differs."""
+    from merganser.recipe import load_mergekit
+
+    if chosen:
+        raise UsageError(
+            "E0201",
+            "--mergekit names the recipe: models, method and options are in it",
+            fix="`merganser import mergekit FILE > recipe.yml` gives a recipe to change",
+        )
+    recipe, notes = load_mergekit(Path(file))
+    return dataclasses.replace(recipe, **given_keys(keys)), notes
+
+
 def _locked(lock: str, models: list[str], chosen: bool) -> Any:
     """The merge of a lock file, which leaves no choice."""
     from merganser.engine import open_locked
@@ -208,8 +236,6 @@ def plan(
     budget, threads = _resources(recipe, max_memory, threads)
     made = make_plan(recipe, threads=threads, max_memory=budget)
     if out is not None:
-        from pathlib import Path
-
         check_output(Path(out), made, overwrite=overwrite)
     if json:
         emit(_plan_data(made))

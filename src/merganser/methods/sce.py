@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Sce(Method, name="sce"):
     1. Select: of the entries whose variance over the models is not zero, the share `select` of largest variance; the
        others are dropped from all task vectors. With ``select=1`` everything stays. Of equal variances those are kept
        that come first.
-    2. Calculate: ``c_i = w_i mean(t_i^2)`` over the tensor.
+    2. Calculate: ``c_i = w_i mean(t_i^2)`` over the tensor; ``c_i = w_i`` where the sum of the means is below
+       `uniform_below`.
     3. Erase: ``s = sign(sum_i w_i t_i)``, + where that is zero; entries of another sign are dropped.
     4. ``W = W_0 + scale sum_i c_i t_i / sum_i c_i`` over the models whose entry is left.
 
@@ -44,6 +46,8 @@ class Sce(Method, name="sce"):
 
     select: float = option(1.0, "share of each tensor's varying entries that is kept", ge=0.0, le=1.0)
 
+    uniform_below: float = option(0.0, "sum of the mean t_i^2 of a tensor below which all models weigh alike", ge=0.0)
+
     about = About(
         title="Select what varies, weigh models by their energy, erase minority signs",
         equation="W = W_0 + lambda sum_i c_i t_i / sum_i c_i over {i: sign t_i = sign sum_j t_j},  c_i = mean t_i^2",
@@ -52,7 +56,8 @@ class Sce(Method, name="sce"):
         hurts="One model with far larger task vectors: it silences the others.",
         work=16,
         passes=2,
-        deviations="mergekit calls the option select_topk.",
+        deviations="mergekit calls the option select_topk, and weighs models alike where the energies of a tensor add "
+        "up to less than 1e-6, as those of many fine-tuned models do (uniform_below=1e-6).",
     )
     scope = "model"
     needs = frozenset({"base"})
@@ -91,7 +96,8 @@ class Sce(Method, name="sce"):
         for name, pieces in parts.items():
             sums = [kernels.exact_sum(column) for column in zip(*pieces, strict=True)]
             largest = max(sums)
-            shares[name] = [value / largest if largest > 0 else 1.0 for value in sums]
+            alike = largest <= 0 or math.fsum(sums) < self.uniform_below * context.specs[name].numel
+            shares[name] = [1.0 if alike else value / largest for value in sums]
         return state
 
     def _selected(self, block: Block, state: _SceState) -> list[torch.Tensor]:
