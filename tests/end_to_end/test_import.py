@@ -1,4 +1,4 @@
-"""`merganser import mergekit` and `merge --mergekit`: recipes of mergekit, with its numbers."""
+"""`merganser import mergekit`, `merge --mergekit`: recipes of mergekit, with its numbers; and `schema`."""
 
 from __future__ import annotations
 
@@ -199,3 +199,23 @@ def test_mergekit_stands_alone(folders: Path, cli: Cli) -> None:
     merged = load_file(folders / "out" / "model.safetensors")
     _, x, y, _ = states(3)
     assert torch.equal(merged["a.weight"], ((x["a.weight"] + y["a.weight"]) / 2).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("what", "required", "known"),
+    [
+        ("recipe", {"merge_method"}, {"models", "slices", "rules", "heads"}),
+        ("suite", {"name", "base", "tasks", "methods"}, {"seeds", "counts"}),
+        ("tasks", {"tasks"}, {"base"}),
+    ],
+)
+def test_schemas(what: str, required: set[str], known: set[str], cli: Cli) -> None:
+    found = cli("schema", what).json
+    assert set(found["required"]) == required
+    assert required | known <= set(found["properties"])
+    assert found["additionalProperties"] is False
+
+
+def test_schemas_of_what_is_no_file(cli: Cli) -> None:
+    result = cli("schema", "recipes")
+    assert result.code == 2 and "`recipe`" in result.err

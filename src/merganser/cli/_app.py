@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         merge,
         methods,
         report,
+        schema,
         stats,
         tune,
         verify,
