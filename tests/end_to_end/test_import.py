@@ -218,4 +218,5 @@ def test_schemas(what: str, required: set[str], known: set[str], cli: Cli) -> No
 
 def test_schemas_of_what_is_no_file(cli: Cli) -> None:
     result = cli("schema", "recipes")
-    assert result.code == 2 and "`recipe`" in result.err
+    assert result.code == 2
+    assert "`recipe`" in result.err

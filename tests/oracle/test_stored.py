@@ -67,6 +67,9 @@ def bfloat16_models(count: int, coarse: bool) -> list[dict[str, torch.Tensor]]:
         ("dare", {"drop_rate": 0.5, "then": {"method": "task_arithmetic", "scale": 0.3}, "rescale": "l1"}),
         ("dare", {"drop_rate": 0.5, "then": {"method": "task_arithmetic", "scale": 0.3}, "scale": 2.0}),
         ("dare", {"then": "average"}),
+        ("model_stock", {}),
+        ("model_stock", {"scale": 0.7, "pairs": "angle", "clip": True}),
+        ("model_stock", {"filter_wise": True}),
     ],
 )
 def test_merges_of_weights_as_files_have_them(
@@ -105,7 +108,8 @@ def test_merges_of_weights_as_files_have_them(
         )
         assert any(isinstance(call, kernels.Combination) for call in calls) == (
             on
-            and method in ("ties", "breadcrumbs", "sce", "della", "dare")
+            and method in ("ties", "breadcrumbs", "sce", "della", "dare", "model_stock")
+            and not options.get("filter_wise")
             and (method == "dare" or options.get("rescale") != "l1")
             and options.get("then") != "average"
             and (method != "dare" or options.get("scale") != 2.0)
@@ -123,6 +127,7 @@ def test_merges_of_weights_as_files_have_them(
         ("della", {"election": "ties"}),
         ("della", {"density": [0.5, 1.0], "election": "ties"}),
         ("della", {}),
+        ("model_stock", {}),
     ],
 )
 def test_weighted_merges_of_weights_as_files_have_them(method: str, options: dict[str, Any]) -> None:
@@ -136,18 +141,19 @@ def test_weighted_merges_of_weights_as_files_have_them(method: str, options: dic
 
 @pytest.mark.parametrize("numel", [0, 5, 1024, 16384, 50000])
 @pytest.mark.parametrize("least", [None, kernels.Wall(0.0), kernels.Wall(1e-6)])
-def test_energies(numel: int, least: kernels.Wall | None) -> None:
+def test_products(numel: int, least: kernels.Wall | None) -> None:
     generator = torch.Generator().manual_seed(1)
     base, *models = (torch.randn(numel, generator=generator).mul(0.02).bfloat16() for _ in range(4))
     deltas = [model.float() - base.float() for model in models]
     variance = kernels.variance(deltas, torch.empty(numel))
     kept = torch.ones(numel) > 0 if least is None else (variance >= least.value) & (variance > 0)
     vectors = [torch.where(kept, delta, 0.0) for delta in deltas]
+    pairs = [(0, 0), (2, 2), (0, 1), (1, 2)]
     with accelerated(True):
-        found = kernels.Stored(base, models, torch.empty_like(base)).energies(least)
-    for own, vector in zip(found, vectors, strict=True):
-        assert own.tolist() == kernels.ordered_squares(vector).tolist()
-        assert own.sum() == pytest.approx(float(vector.double().square().sum()), rel=1e-12)
+        found = kernels.Stored(base, models, torch.empty_like(base)).products(pairs, least)
+    for own, expected, (one, other) in zip(found, kernels.ordered_products(vectors, pairs), pairs, strict=True):
+        assert own.tolist() == expected.tolist()
+        assert own.sum() == pytest.approx(float(vectors[one].double() @ vectors[other].double()), rel=1e-9, abs=1e-12)
 
 
 def test_a_merge_of_weights_as_files_have_them_names_what_is_not_finite() -> None:

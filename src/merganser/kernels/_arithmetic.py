@@ -32,7 +32,7 @@ __all__ = [
     "mask_",
     "next_above",
     "nonzero",
-    "ordered_squares",
+    "ordered_products",
     "positions",
     "row_dots",
     "row_l1",
@@ -51,7 +51,7 @@ CHUNK = 1 << 14
 
 
 LANES = 1 << 10
-"""Sums of a chunk that `ordered_squares` makes side by side."""
+"""Sums of a chunk that `ordered_products` makes side by side."""
 
 
 def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -178,20 +178,25 @@ def chunk_squares(x: torch.Tensor) -> Partials:
     return chunk_products((x,), ((0, 0),))[0]
 
 
-def ordered_squares(x: torch.Tensor) -> Partials:
-    """`chunk_squares` whose additions have an order of their own, which compiled loops follow.
+def ordered_products(vectors: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]]) -> list[Partials]:
+    """`chunk_products` whose additions have an order of their own, which compiled loops follow.
 
-    Number j of every `LANES` elements of a chunk is added to sum j, in float64; then the second half of the sums to the
+    Number j of every `LANES` products of a chunk is added to sum j, in float64; then the second half of the sums to the
     first, until one is left.
     """
-    padded = torch.nn.functional.pad(x, (0, -x.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES)
-    sums = x.new_zeros(len(padded), LANES, dtype=torch.float64)
-    for step in range(padded.shape[1]):
-        sums += padded[:, step].double().square_()
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return sums.view(-1).cpu().numpy()
+    wide = [
+        torch.nn.functional.pad(x, (0, -x.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES).double() for x in vectors
+    ]
+    found = []
+    for one, other in pairs:
+        sums = wide[0].new_zeros(len(wide[0]), LANES)
+        for step in range(CHUNK // LANES):
+            sums += wide[one][:, step] * wide[other][:, step]
+        while sums.shape[1] > 1:
+            half = sums.shape[1] // 2
+            sums = sums[:, :half] + sums[:, half:]
+        found.append(sums.view(-1).cpu().numpy())
+    return found
 
 
 def chunk_l1(a: torch.Tensor) -> Partials:

@@ -83,13 +83,14 @@ class Stored:
         found = zip(counts.tolist(), inside, strict=True)
         return int(zeros), [Around(below, first, row[:number]) for (below, first, number), row in found]
 
-    def energies(self, least: Wall | None = None) -> list[Partials]:
-        """`ordered_squares` of the task vectors, without entries of a variance over the models below `least`, or 0."""
+    def products(self, pairs: Sequence[tuple[int, int]], least: Wall | None = None) -> list[Partials]:
+        """`ordered_products` of the task vectors, without entries of a variance over the models below `least`, or 0."""
         fast = loops()
         assert fast is not None
-        sums = np.zeros((len(self.models), -(-self.base.numel() // CHUNK)))
+        sums = np.zeros((len(pairs), -(-self.base.numel() // CHUNK)))
         wall, base = least or Wall(-1.0), self.base.view(torch.uint16).numpy()
-        fast.energies_stored(addresses(self.models), base, wall.value, wall.ties, sums)
+        chosen = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        fast.products_stored(addresses(self.models), base, wall.value, wall.ties, chosen, sums)
         return list(sums)
 
 

@@ -66,6 +66,10 @@ class ModelStock(Method, name="model_stock"):
         """One per model, the sum, and float64 products of two of them."""
         return models + 7
 
+    def reads_stored(self) -> bool:
+        """Where tensors are measured whole."""
+        return not self.filter_wise
+
     def row(self, spec: BlockSpec) -> int:
         """The weights of one output."""
         return _row(spec) if self.filter_wise else 1
@@ -88,6 +92,11 @@ class ModelStock(Method, name="model_stock"):
     def merge(self, block: Block, state: Mapping[str, float]) -> torch.Tensor:
         """A step from the base towards the average."""
         divisor = math.fsum(block.weights)
+        alike = not self.filter_wise and all(weight == 1 for weight in block.weights)
+        if (stored := block.stored() if alike else None) is not None:
+            step = kernels.Sum(len(block.weights), self.scale * state[block.key.name] / divisor)
+            step.merge_stored(stored, kernels.Limits([kernels.Wall(0.0)] * len(block.weights)))
+            return stored.out
         total = block.buffer("total").zero_()
         if not self.filter_wise:
             for index, weight in enumerate(block.weights):
@@ -130,5 +139,7 @@ def _pairs(models: int) -> list[tuple[int, int]]:
 
 
 def _inner_products(block: Block) -> list[Partials]:
-    deltas = block.deltas()
-    return kernels.chunk_products(deltas, _pairs(len(deltas)))
+    pairs = _pairs(len(block.weights))
+    if (stored := block.stored()) is not None:
+        return stored.products(pairs)
+    return kernels.ordered_products(block.deltas(), pairs)

@@ -115,9 +115,10 @@ class Sce(Method, name="sce"):
         return None if self.select == 1 else state.thresholds[block.key.name].wall(block.key)
 
     def _energies(self, block: Block, state: _SceState) -> list[Partials]:
+        squares = [(index, index) for index in range(len(block.weights))]
         if (stored := block.stored()) is not None:
-            return stored.energies(self._least(block, state))
-        return [kernels.ordered_squares(delta) for delta in self._selected(block, state)]
+            return stored.products(squares, self._least(block, state))
+        return kernels.ordered_products(self._selected(block, state), squares)
 
     def merge(self, block: Block, state: _SceState) -> torch.Tensor:
         """The weighted mean of what is left."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from merganser.kernels._loops import _jit
 from merganser.kernels._loops._convert import finite, narrow, widen, widen_less
 from merganser.kernels._loops._disjoint import disjoint, variance
-from merganser.kernels._loops._passes import energies_stored, split_stored, split_variances
+from merganser.kernels._loops._passes import products_stored, split_stored, split_variances
 from merganser.kernels._loops._random import drop, keep
 from merganser.kernels._loops._ranks import place_by_rank, split, tally
 from merganser.kernels._loops._stored import merge_ranked, merge_stored
@@ -18,13 +18,13 @@ from merganser.kernels._loops._stored import merge_ranked, merge_stored
 __all__ = [
     "disjoint",
     "drop",
-    "energies_stored",
     "finite",
     "keep",
     "merge_ranked",
     "merge_stored",
     "narrow",
     "place_by_rank",
+    "products_stored",
     "split",
     "split_stored",
     "split_variances",

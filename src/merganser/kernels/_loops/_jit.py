@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Array = Any
 
 TILE = 1024
-"""Elements whose intermediate results stay in the first-level cache; `LANES` of `ordered_squares`."""
+"""Elements whose intermediate results stay in the first-level cache; `LANES` of `ordered_products`."""
 
 _numba: Any = numba
 vector_at = _numba.carray

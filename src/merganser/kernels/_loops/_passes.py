@@ -10,7 +10,7 @@ from merganser.kernels._loops._jit import TILE, Array, compiled
 from merganser.kernels._loops._ranks import split_tile
 from merganser.kernels._loops._tiles import deltas, select
 
-__all__ = ["energies_stored", "split_stored", "split_variances"]
+__all__ = ["products_stored", "split_stored", "split_variances"]
 
 _CHUNK = 1 << 14
 """Elements over which energies are summed."""
@@ -70,20 +70,21 @@ def _split(values: Array, count: int, intervals: Array, inside: Array, counts: A
 
 
 @compiled
-def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums: Array) -> None:
-    """`ordered_squares` of models less their base, without entries whose variance is below `least`, or zero.
+def products_stored(addresses: Array, base: Array, least: float, ties: int, pairs: Array, sums: Array) -> None:
+    """`ordered_products` of models less their base, without entries whose variance is below `least`, or zero.
 
     Args:
         addresses: of the models' first elements.
         base: of the base.
         least: a variance; no entry is left out if it is negative.
         ties: of the variances that equal it the first so many are not below it; none is if that is negative.
-        sums: for every model one number per chunk (float64).
+        pairs: of models, rows of two (int64).
+        sums: for every pair one number per chunk (float64).
     """
     vectors, own = np.empty((addresses.size, TILE), np.float32), np.empty(TILE, np.float32)
     total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float32)
     mask = np.empty(TILE, np.uint32)
-    lanes = np.empty((addresses.size, TILE), np.float64)
+    lanes = np.empty((len(pairs), TILE), np.float64)
     for chunk in range(sums.shape[1]):
         lanes[:] = 0.0
         for first in range(chunk * _CHUNK, min(base.size, (chunk + 1) * _CHUNK), TILE):
@@ -91,11 +92,11 @@ def energies_stored(addresses: Array, base: Array, least: float, ties: int, sums
             deltas(addresses, base.size, first, count, base, own, vectors)
             if least >= 0:
                 ties = select(vectors, count, least, ties, total, variance, mask)
-            for k in range(addresses.size):
-                vector, lane = vectors[k], lanes[k]
+            for k in range(len(pairs)):
+                one, other, lane = vectors[pairs[k, 0]], vectors[pairs[k, 1]], lanes[k]
                 for j in range(count):
-                    lane[j] += np.float64(vector[j]) * np.float64(vector[j])
-        for k in range(addresses.size):
+                    lane[j] += np.float64(one[j]) * np.float64(other[j])
+        for k in range(len(pairs)):
             lane, half = lanes[k], TILE // 2
             while half:
                 for j in range(half):
