@@ -184,19 +184,26 @@ def ordered_products(vectors: Sequence[torch.Tensor], pairs: Sequence[tuple[int,
     Number j of every `LANES` products of a chunk is added to sum j, in float64; then the second half of the sums to the
     first, until one is left.
     """
-    wide = [
-        torch.nn.functional.pad(x, (0, -x.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES).double() for x in vectors
-    ]
-    found = []
-    for one, other in pairs:
-        sums = wide[0].new_zeros(len(wide[0]), LANES)
-        for step in range(CHUNK // LANES):
-            sums += wide[one][:, step] * wide[other][:, step]
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-        found.append(sums.view(-1).cpu().numpy())
-    return found
+    if vectors[0].device.type != "cpu":
+        return chunk_products(vectors, pairs)
+    arrays = [vector.numpy() for vector in vectors]
+    size, steps = arrays[0].size, CHUNK // LANES
+    wide, product = np.empty((len(arrays), CHUNK)), np.empty((steps, LANES))
+    sums, parts = np.empty((len(pairs), LANES)), np.zeros((len(pairs), -(-size // CHUNK)))
+    for chunk, first in enumerate(range(0, size, CHUNK)):
+        for row, array in zip(wide, arrays, strict=True):
+            part = array[first : first + CHUNK]
+            row[: part.size] = part
+            row[part.size :] = 0
+        for total, (one, other) in zip(sums, pairs, strict=True):
+            np.multiply(wide[one].reshape(product.shape), wide[other].reshape(product.shape), out=product)
+            np.add.reduce(product, axis=0, out=total)
+        lanes = sums
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        parts[:, chunk] = lanes[:, 0]
+    return list(parts)
 
 
 def chunk_l1(a: torch.Tensor) -> Partials:
