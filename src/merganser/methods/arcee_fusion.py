@@ -12,10 +12,11 @@ import numpy.typing as npt
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.kernels import Bracket, RankCounter
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, Context
 from merganser.methods._rows import chunks, row_cuts, spread
+from merganser.methods._select import Values
+from merganser.methods._tensor_select import tensor_thresholds
 
 __all__ = ["ArceeFusion"]
 
@@ -68,10 +69,12 @@ class ArceeFusion(Method, name="arcee_fusion"):
         for key, pieces in context.each(_row_sums):
             parts[key.name] += pieces
         divergences = {name: _divergences(context.specs[name], parts[name]) for name in context.specs}
+        importances = Values(lambda block, models: iter((_importance(block, divergences[block.key.name]),)))
+        found = tensor_thresholds(context, lambda name, _: [_kept(context.specs[name].numel)], importances, models=1)
         thresholds = {
-            name: _threshold(context.only(name), divergences[name])
-            for name, spec in context.specs.items()
-            if spec.numel
+            name: q2.value + 1.5 * (q3.value - q1.value)
+            for name, ((q1, q2, q3),) in found.items()
+            if context.specs[name].numel
         }
         return FusionState(divergences, thresholds)
 
@@ -106,7 +109,8 @@ def _row_sums(block: Block) -> list[tuple[int, Array]]:
         a = model[first:last]
         d = a - base[first:last]
         highest = np.maximum.reduceat(a, cuts)
-        e = np.exp(a - np.repeat(highest, np.diff(cuts, append=last - first)))
+        below = a - np.repeat(highest, np.diff(cuts, append=last - first))
+        e = torch.from_numpy(below).exp_().numpy()  # several numbers at a time, unlike numpy
         with np.errstate(over="ignore"):
             sums = [np.add.reduceat(x, cuts) for x in (e, e * d, e * np.expm1(-d))]
         pieces.append((row, np.stack([highest, *sums])))
@@ -130,26 +134,12 @@ def _divergences(spec: BlockSpec, pieces: list[tuple[int, Array]]) -> Array:
 def _importance(block: Block, divergences: Array) -> torch.Tensor:
     """Of every entry; overwrites the task vector."""
     delta = block.delta(0, slot=0).abs_()
+    if not delta.numel():
+        return delta
     return torch.mul(delta, spread(divergences, block, _length(block.spec), delta), out=block.buffer("importance"))
 
 
-def _threshold(context: Context, divergences: Array) -> float:
-    """``Q2 + 1.5 (Q3 - Q1)`` of the importances of one tensor."""
-    last = context.numel - 1
-    top = kernels.top_key(context.dtype)
-    brackets = [Bracket(rank, 0, top, top) for rank in (last // 4, last // 2, 3 * last // 4)]
-    while not all(bracket.found for bracket in brackets):
-        wanted = {(b.low, b.high): b for b in brackets if not b.found}
-        counters = {bounds: RankCounter(bracket) for bounds, bracket in wanted.items()}
-
-        def count(block: Block, counters: Mapping[tuple[int, int], RankCounter] = counters) -> None:
-            keys = kernels.magnitude_keys(_importance(block, divergences))
-            for counter in counters.values():
-                counter.add(keys)
-
-        for _ in context.each(count):
-            pass
-        brackets = [b if b.found else b.narrow(counters[b.low, b.high]) for b in brackets]
-    keys = torch.tensor([bracket.low for bracket in brackets], dtype=torch.int64)
-    q1, q2, q3 = keys.to(kernels.key_dtype(context.dtype)).view(context.dtype).tolist()
-    return float(q2 + 1.5 * (q3 - q1))
+def _kept(numel: int) -> list[int]:
+    """How many entries are not below each quartile, which is the entry of the 0-based rank ``q (numel - 1) / 4``."""
+    last = numel - 1
+    return [max(0, numel - rank) for rank in (last // 4, last // 2, 3 * last // 4)]
