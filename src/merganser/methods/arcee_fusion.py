@@ -101,18 +101,21 @@ def _row_sums(block: Block) -> list[tuple[int, Array]]:
     Here ``e = exp(a - m)``, a the model's entries, m the largest of them in the row and chunk.
     """
     length = _length(block.spec)
-    base = block.base.double().cpu().numpy()
-    model = block.model(0, slot=0).double().cpu().numpy()
+    base, model = block.base.cpu().numpy(), block.model(0, slot=0).cpu().numpy()
+    buffers = np.empty((4, min(kernels.CHUNK, model.size)))
     pieces = []
     for start, first, last in chunks(block):
         row, cuts = row_cuts(start, start + last - first, length)
-        a = model[first:last]
-        d = a - base[first:last]
+        a, d, e, product = buffers[:, : last - first]
+        a[:], d[:] = model[first:last], base[first:last]
+        np.subtract(a, d, out=d)
         highest = np.maximum.reduceat(a, cuts)
-        below = a - np.repeat(highest, np.diff(cuts, append=last - first))
-        e = torch.from_numpy(below).exp_().numpy()  # several numbers at a time, unlike numpy
+        np.subtract(a, np.repeat(highest, np.diff(cuts, append=last - first)), out=e)
+        torch.from_numpy(e).exp_()  # several numbers at a time, unlike numpy
+        sums = [np.add.reduceat(e, cuts), np.add.reduceat(np.multiply(e, d, out=product), cuts)]
         with np.errstate(over="ignore"):
-            sums = [np.add.reduceat(x, cuts) for x in (e, e * d, e * np.expm1(-d))]
+            np.expm1(np.negative(d, out=d), out=d)
+            sums.append(np.add.reduceat(np.multiply(e, d, out=d), cuts))
         pieces.append((row, np.stack([highest, *sums])))
     return pieces
 
