@@ -6,8 +6,8 @@ options say otherwise. What is translated is read strictly, where mergekit ignor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from merganser.errors import RecipeError, nearest
 from merganser.recipe._documents import place_in, read_document
 from merganser.recipe._load import build_recipe
+from merganser.recipe._mergekit_methods import METHODS, SWITCHES
 from merganser.recipe._recipe import Recipe
 from merganser.recipe._yaml import Document, parse_yaml
 
@@ -42,137 +43,12 @@ class Imported:
         return yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
 
 
-def _under(name: str) -> Callable[[Any], Options]:
-    return lambda value: {name: value}
-
-
-def _drop_rate(density: Any) -> Options:
-    return {"drop_rate": _mapped(density, lambda value: round(1 - value, 12))}
-
-
-def _rescale(value: Any) -> Options:
-    return {"rescale": "l1" if value else "none"}
-
-
-def _mean_or_sum(normalize: Any) -> Options:
-    return {"merge": "mean" if normalize else "sum"}
-
-
-def _then_sum(normalize: Any) -> Options:
-    return {"then": "average" if normalize else "task_arithmetic"}
-
-
-def _then_ties(normalize: Any) -> Options:
-    return {"then": {"method": "ties", "density": 1.0, "zero_sign": "positive", **_mean_or_sum(normalize)}}
-
-
-def _nothing(value: Any) -> Options:
-    return {}
-
-
-@dataclass(frozen=True)
-class _Kit:
-    """A method of mergekit.
-
-    Attributes:
-        name: of the method here.
-        parameters: by mergekit's name what a value is here.
-        defaults: mergekit's defaults, where they have to be said.
-        options: what its numbers need besides.
-        notes: what is not exactly the same.
-    """
-
-    name: str
-    parameters: Mapping[str, Callable[[Any], Options]]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-
-def _same(*names: str) -> dict[str, Callable[[Any], Options]]:
-    return {name: _under(name) for name in names}
-
-
-_SWITCHES = ("normalize", "rescale")
-"""Parameters that are true or false for all tensors."""
-
-_VECTORS = {"weight": _under("weight"), "lambda": _under("scale"), "int8_mask": _nothing}
-_DROPPED = {**_VECTORS, "density": _drop_rate, "rescale": _rescale}
-_CUT = {**_VECTORS, "density": _under("density"), "rescale": _rescale, "normalize": _mean_or_sum}
-_DELLA = {**_CUT, "epsilon": _under("epsilon")}
-_CRUMBS = {**_CUT, "gamma": _under("gamma")}
-_RANDOM = ("random masks are others than mergekit's, which depend on the order of its work",)
-_TIED = ("of equal magnitudes the first ones are kept, where mergekit keeps any of them",)
-_EMPTIED = ("tensors so small that no outlier is dropped are cut as others, where mergekit empties them",)
-
-_METHODS = {
-    "linear": _Kit("average", _same("weight", "normalize")),
-    "slerp": _Kit("slerp", _same("t")),
-    "nuslerp": _Kit("nuslerp", _same("weight", "nuslerp_row_wise", "nuslerp_flatten")),
-    "multislerp": _Kit("multislerp", _same("weight", "normalize_weights", "eps")),
-    "karcher": _Kit("karcher", _same("max_iter", "tol")),
-    "task_arithmetic": _Kit(
-        "task_arithmetic", {**_VECTORS, "normalize": _under("normalize"), "density": _nothing, "rescale": _nothing}
-    ),
-    "ties": _Kit(
-        "ties",
-        {**_VECTORS, "density": _under("density"), "normalize": _mean_or_sum},
-        {"density": 1.0, "normalize": True},
-        {"trim": "tensor", "count": "exact", "zero_sign": "positive"},
-        _TIED,
-    ),
-    "dare_linear": _Kit(
-        "dare",
-        {**_DROPPED, "normalize": _then_sum},
-        {"density": 1.0, "rescale": True, "normalize": False},
-        notes=_RANDOM,
-    ),
-    "dare_ties": _Kit(
-        "dare",
-        {**_DROPPED, "normalize": _then_ties},
-        {"density": 1.0, "rescale": True, "normalize": False},
-        notes=_RANDOM,
-    ),
-    "della": _Kit("della", _DELLA, {"density": 1.0, "rescale": True, "normalize": True}, {"election": "ties"}, _RANDOM),
-    "della_linear": _Kit(
-        "della", _DELLA, {"density": 1.0, "rescale": True, "normalize": False}, {"election": "none"}, _RANDOM
-    ),
-    "breadcrumbs": _Kit(
-        "breadcrumbs",
-        _CRUMBS,
-        {"density": 1.0, "rescale": False, "normalize": False},
-        {"election": "none"},
-        (*_TIED, *_EMPTIED),
-    ),
-    "breadcrumbs_ties": _Kit(
-        "breadcrumbs",
-        _CRUMBS,
-        {"density": 1.0, "rescale": False, "normalize": False},
-        {"election": "ties"},
-        (*_TIED, *_EMPTIED),
-    ),
-    "model_stock": _Kit("model_stock", _same("filter_wise")),
-    "sce": _Kit(
-        "sce",
-        {"select_topk": _under("select"), "int8_mask": _nothing},
-        options={"uniform_below": 1e-6},
-        notes=_TIED,
-    ),
-    "nearswap": _Kit("nearswap", _same("t")),
-    "arcee_fusion": _Kit(
-        "arcee_fusion", {}, notes=("divergences are exact, where rounding decides on some entries in mergekit",)
-    ),
-    "ram": _Kit("ram", _same("epsilon")),
-    "ramplus_tl": _Kit("ramplus_tl", _same("epsilon", "r", "alpha")),
-    "passthrough": _Kit("passthrough", _same("scale")),
-}
-
 _KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
 _NOT_HERE = {
     "modules": "merge the modules' folders one by one",
     "residual_weight": "leave it out: layers are merged as they are",
 }
-_PARAMETERS = {name for kit in _METHODS.values() for name in kit.parameters}
+_PARAMETERS = {name for kit in METHODS.values() for name in kit.parameters}
 
 
 def import_mergekit(path: Path) -> Imported:
@@ -208,15 +84,15 @@ class _Import:
     def run(self) -> Imported:
         data = self._mapping(self._document.data, ())
         method = data.get("merge_method")
-        if method not in _METHODS:
-            close = nearest(str(method), _METHODS)
+        if method not in METHODS:
+            close = nearest(str(method), METHODS)
             raise self._error(
                 "E0304",
                 f"mergekit has no method `{method}`" if method else "the key `merge_method` is missing",
                 ("merge_method",),
-                f"did you mean `{close}`?" if close else f"its methods: {', '.join(_METHODS)}",
+                f"did you mean `{close}`?" if close else f"its methods: {', '.join(METHODS)}",
             )
-        self._kit, self._method = _METHODS[method], str(method)
+        self._kit, self._method = METHODS[method], str(method)
         recipe: Options = {}
         for key, value in data.items():
             recipe |= self._key(key, value)
@@ -302,7 +178,7 @@ class _Import:
                     raise self._error("E0306", f"`rescale: true` of `{self._method}` has no counterpart here", place)
                 self._notes.append(f"`{name}` is left out: it has no effect on `{self._method}`")
                 continue
-            if name in _SWITCHES and not isinstance(value, bool | int):
+            if name in SWITCHES and not isinstance(value, bool | int):
                 raise self._error("E0306", f"`{name}` is to be true or false, for all tensors", place)
             try:
                 found |= self._kit.parameters[name](value)
@@ -328,12 +204,3 @@ class _Import:
 
     def _error(self, code: str, message: str, path: Steps, fix: str = "") -> RecipeError:
         return RecipeError(code, message, places=place_in(self._document, path), fix=fix)
-
-
-def _mapped(setting: Any, change: Callable[[float], float]) -> Any:
-    """A setting whose numbers are changed: a number, a gradient, or values with filters."""
-    if isinstance(setting, list):
-        return [_mapped(part, change) for part in setting]
-    if isinstance(setting, dict):
-        return {**setting, "value": _mapped(setting.get("value"), change)}
-    return change(float(setting))
