@@ -186,7 +186,7 @@ def test_parameters_of_other_methods_are_left_out_and_said(folders: Path, cli: C
     file = written(folders, **keys, parameters={"t": 0.5, "density": 0.3, "rescale": False}, chat_template="auto")
     result = cli("import", "mergekit", file, "--json")
     assert result.json["recipe"]["parameters"] == {"t": 0.5}
-    assert [note.split("`")[1] for note in result.json["notes"]] == ["chat_template", "density"]
+    assert [note.split("`")[1] for note in result.json["notes"]] == ["density", "chat_template"]
 
 
 def test_mergekit_stands_alone(folders: Path, cli: Cli) -> None:

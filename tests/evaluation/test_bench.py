@@ -28,55 +28,13 @@ from merganser.evaluation.bench._store import written_whole
 from merganser.statistics import Statistics
 from merganser.training import fold_ia3
 from tests.conftest import Cli
+from tests.evaluation.suites import small_suite
 from tests.text_models import sentences, write_decoder, write_encoder, write_lines, write_seq2seq
 
 pytest.importorskip("optuna")
 transformers = pytest.importorskip("transformers")
 
 SUITES = Path(__file__).resolve().parents[2] / "examples" / "suites"
-
-METHODS: list[dict[str, Any]] = [
-    {"method": "average"},
-    {"method": "task_arithmetic", "search": {"scale": [0.2, 0.5, 1.0]}},
-    {"method": "mats", "options": {"iterations": 3}},
-    {"method": "emr"},
-    {"method": "output_matching"},
-    {"method": "sequential_mats", "options": {"iterations": 3}},
-    {"method": "learned_soup", "options": {"by": "layer", "steps": 12, "lr": 0.3}},
-]
-
-
-def write_tasks(folder: Path, *names: str) -> dict[str, Any]:
-    """Tasks whose label is a word of the text."""
-    found = {}
-    for number, name in enumerate(names):
-        words = ("good", "bad", "film", "plot", "dull")[number : number + 2]
-        records: list[dict[str, Any]] = []
-        for text in sentences(80, seed=number):
-            records.append({"text": f"{text} {words[len(records) % 2]}", "label": len(records) % 2})
-        write_lines(folder / f"{name}.train.jsonl", records[:60])
-        write_lines(folder / f"{name}.test.jsonl", records[60:])
-        found[name] = {"kind": "classification", "train": f"{name}.train.jsonl", "test": f"{name}.test.jsonl"}
-    return found
-
-
-def small_suite(folder: Path, **changes: Any) -> dict[str, Any]:
-    write_encoder(folder / "base")
-    return {
-        "name": "small",
-        "base": {"path": "base"},
-        "max_length": 16,
-        "tasks": write_tasks(folder, "one", "two", "three"),
-        "held_out": write_tasks(folder, "four"),
-        "composition": {"five": {**write_tasks(folder, "five")["five"], "answers": "one"}},
-        "splits": {"test": 20, "validation": 10, "statistics": 12, "probe": 20},
-        "training": {"steps": 8, "rate": 1e-2, "head_rate": 1e-2},
-        "methods": METHODS,
-        "baseline_training": {"multitask_steps": 6, "distillation_steps": 4},
-        "counts": {"models": [2], "draws": 2, "methods": ["average"], "seeds": 1},
-        "seeds": [0, 1],
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -387,54 +345,6 @@ def test_language_models_are_fine_tuned_merged_and_measured(tmp_path: Path) -> N
     assert changed == {n for n in base.specs() if n.startswith("model.layers.1.")}
     student = distilled(lab, [make_expert(lab, name, 0) for name in ("a", "b")], 0)
     assert {n for n in base.specs() if not torch.equal(base.read(n), student[n])} == changed
-
-
-def test_squisher_merges_by_the_second_moments_that_training_leaves(tmp_path: Path) -> None:
-    suite = small_suite(
-        tmp_path,
-        seeds=[0],
-        counts={},
-        held_out={},
-        composition={},
-        baselines=["experts"],
-        methods=[{"method": "average"}, {"method": "squisher"}],
-    )
-    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
-    assert not [step for step in found["steps"] if step["error"]], found["steps"]
-    lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
-    experts = [make_expert(lab, name, 0) for name in ("one", "two", "three")]
-    assert not (lab.cache / "statistics").exists()  # nothing was collected
-    rows = {row["id"]: row for row in found["rows"]}
-    assert rows["squisher"]["data"] == "none"
-    assert not any((rows["squisher"]["cost"]["statistics"] or {}).values())
-    tensors = [read_tensors(e.model) for e in experts]
-    fishers = []
-    for expert, own in zip(experts, tensors, strict=True):
-        assert expert.moments is not None
-        known = Statistics.load(expert.moments)
-        assert {n: f.shape for n, f in known.fisher.items()} == {n: own[n].shape for n in known.fisher}
-        fishers.append(known.fisher)
-    name = "encoder.layer.0.attention.self.query.weight"
-    assert float(fishers[0][name].max()) > 0
-    merged = mg.merge(tensors, method="squisher", statistics=[str(e.moments) for e in experts], base=str(lab.base))
-    fisher = torch.stack([f[name] for f in fishers]).double()
-    expected = (fisher * torch.stack([own[name] for own in tensors])).sum(0) / fisher.sum(0)
-    assert torch.allclose(merged[name].double(), expected, rtol=1e-3, atol=1e-5)
-    scores = lab.evaluator("test", experts)(merged).results
-    for task, score in rows["squisher"]["scores"].items():
-        assert score["value"] == scores[task].outcomes.value
-
-
-def test_squisher_needs_experts_that_the_suite_has_trained(tmp_path: Path) -> None:
-    suite = small_suite(tmp_path, seeds=[0], counts={}, baselines=["experts"], methods=[{"method": "squisher"}])
-    lab = prepared_lab(read_suite(suite, data=tmp_path), tmp_path / "out" / "cache")
-    own = make_expert(lab, "one", 0)
-    assert own.head is not None
-    suite["tasks"]["one"] |= {"expert": str(own.model), "head": str(own.head)}
-    found = mg.bench(suite, tmp_path / "out", data=tmp_path)
-    failed = {step["name"]: step["error"] for step in found["steps"] if step["error"]}
-    assert list(failed) == ["squisher seed 0"]
-    assert failed["squisher seed 0"]["code"] == "E0308"
 
 
 def test_images_from_a_base_that_begins_as_noise(tmp_path: Path) -> None:

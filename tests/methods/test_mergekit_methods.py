@@ -251,6 +251,30 @@ def test_sce_selects_among_what_varies_only() -> None:
         assert int((merged != 0).sum()) == int((merged[0, :10] != 0).sum()) == 5
 
 
+def test_sce_weighs_models_alike_where_their_energies_are_small() -> None:
+    generator = torch.Generator().manual_seed(2)
+    names = ("small.weight", "large.weight")
+    sizes = torch.tensor([1e-4, 3e-4, 2e-4]).double()[:, None, None]
+    vectors = [
+        own * factor for own, factor in zip(torch.randn(2, 3, 20, 30, generator=generator), (1, 100), strict=True)
+    ]
+    vectors = [own.double() * sizes for own in vectors]
+    base = {name: torch.zeros(20, 30).double() for name in names}
+    models = [{name: own[i] for name, own in zip(names, vectors, strict=True)} for i in range(3)]
+    merged = mg.merge(models, base=base, method="sce", uniform_below=1e-6)
+    plain = mg.merge(models, base=base, method="sce")
+    for name, own in zip(names, vectors, strict=True):
+        energies = own.square().mean((1, 2))
+        agree = own.sign() == torch.where(own.sum(0) >= 0, 1.0, -1.0)
+        found = []
+        for weights in (torch.ones(3).double(), energies):
+            share = weights[:, None, None] * agree
+            found.append((share * own).sum(0) / share.sum(0))
+        assert (energies.sum() < 1e-6) == (name == "small.weight")
+        torch.testing.assert_close(merged[name], found[0 if name == "small.weight" else 1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(plain[name], found[1], rtol=1e-12, atol=1e-15)
+
+
 def test_sce_does_not_depend_on_the_order_of_models() -> None:
     for seed in range(12):
         g = torch.Generator().manual_seed(seed)

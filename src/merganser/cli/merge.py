@@ -100,12 +100,13 @@ def merge(
 ) -> None:
     """Merge models into a folder that loads."""
     keys = {"dtype": dtype, "seed": seed, "exclude": exclude, "only": only, "heads": heads, "files_from": files_from}
-    chosen = (method, base, weights, settings, statistics, data, onto, init, device, eval_cmd, mergekit, *keys.values())
-    again = None if locked is None else _locked(locked, inputs or [], any(chosen) or allow_nonfinite)
+    described = any((method, base, weights, settings, statistics, data, onto, init))
+    chosen = described or any((mergekit, device, eval_cmd, allow_nonfinite, *keys.values()))
+    again = None if locked is None else _locked(locked, inputs or [], chosen)
     notes: tuple[str, ...] = ()
     if again is None:
         if mergekit is not None:
-            recipe, notes = _imported(mergekit, bool(inputs or any(chosen[:8])), keys)
+            recipe, notes = _imported(mergekit, bool(inputs) or described, keys)
         else:
             recipe = build_recipe(
                 inputs or [], method, base, weights, settings, statistics, data=data, onto=onto, init=init, **keys

@@ -146,10 +146,10 @@ class Completion:
         """What the method reported, by tensor."""
         return {name: dict(self._figures[name]) for name in self._notes if self._figures.get(name)}
 
-    def repeat(self, wanted: Callable[[BlockKey, frozenset[str]], bool] = lambda key, doubts: False) -> list[BlockKey]:
-        """Of the doubted blocks those that are wanted, in order: they are to be merged again. All others stand."""
+    def settle(self, again: Callable[[BlockKey, frozenset[str]], bool] | None = None) -> list[BlockKey]:
+        """Let the doubted blocks stand, but for those that are to be merged `again`; these, in order."""
         doubted, self._doubted = self._doubted, {}
-        keys = [key for blocks in doubted.values() for key, doubts in blocks.items() if wanted(key, doubts)]
+        keys = [key for blocks in doubted.values() for key, doubts in blocks.items() if again and again(key, doubts)]
         for key in keys:
             self._left[key.name] += key.stop - key.start
         for name in doubted:

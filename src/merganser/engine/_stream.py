@@ -192,9 +192,9 @@ class Stream:
             pass
         revised = method.review(state, completion.notes())
         if revised is None:
-            completion.repeat()
+            completion.settle()
         else:
-            keys = completion.repeat(lambda key, doubts: method.repeats(key, doubts, revised))
+            keys = completion.settle(lambda key, doubts: method.repeats(key, doubts, revised))
             tasks = ([key] for key in keys)
             for _ in self.executor.map(lambda t: run(t, revised, again=True), tasks):
                 pass

@@ -28,8 +28,7 @@ _TAKE = {"mean": 0, "sum": 1, "max": 2}
 _ALL = 3
 
 Rule: TypeAlias = "tuple[npt.NDArray[np.float32], int, int, bool, float]"
-"""What compiled loops want to know: weights, factors and sizes; what is taken; the sign elected for 0, whether it is
-counted how often signs are; the scale."""
+"""What compiled loops want to know; `_loops.combine` says what it is."""
 
 Dropped: TypeAlias = "Sequence[tuple[Drops, float]]"
 """For each model what `drop_draws` returns, and a factor of what is kept."""
@@ -43,12 +42,12 @@ class Limits:
     """Which entries of task vectors count, where magnitudes below a floor, and above a cap, count as zero.
 
     Attributes:
-        floors: for each vector; no floor if it is 0.
+        floors: for each vector, no floor if it is 0; none if None.
         caps: for each vector; none if None.
         least: the floor of the variance over the vectors; where that is below it, or zero, no entry counts.
     """
 
-    floors: Sequence[Wall]
+    floors: Sequence[Wall] | None = None
     caps: Sequence[Wall] | None = None
     least: Wall | None = None
 
@@ -64,6 +63,7 @@ class Combination(ABC):
         self,
         stored: Stored,
         limits: Limits,
+        *,
         counts: npt.NDArray[np.int64] | None = None,
         dropped: Dropped | None = None,
     ) -> tuple[int, bool]:
@@ -87,17 +87,17 @@ class Combination(ABC):
         fast = loops()
         assert fast is not None
         base, out = (x.view(torch.uint16).numpy() for x in (stored.base, stored.out))
-        least, caps = limits.least or Wall(-1.0), limits.caps or [Wall(np.inf)] * len(limits.floors)
-        walls = np.array([[wall.value for wall in row] for row in (limits.floors, caps)], dtype=np.float32)
-        rows = (limits.floors, caps, [least] * len(caps))
+        models, least = len(stored.models), limits.least or Wall(-1.0)
+        rows = (limits.floors or [Wall(0.0)] * models, limits.caps or [Wall(np.inf)] * models, [least] * models)
+        walls = np.array([[wall.value for wall in row] for row in rows[:2]], dtype=np.float32)
         ties = np.array([[wall.ties for wall in row] for row in rows], dtype=np.int64)
         found = fast.merge_stored(
             addresses(stored.models),
             walls,
             ties,
             least.value,
-            *_drawn(dropped),
-            *self._rule(),
+            _drawn(dropped),
+            self._rule(),
             base,
             out,
             _NONE if counts is None else counts,
@@ -137,7 +137,7 @@ class Combination(ABC):
             start,
             np.array([key for _, key in draws]),
             rescaled,
-            *self._rule(),
+            self._rule(),
             base,
             out,
         )
@@ -213,7 +213,7 @@ class Disjoint(Combination):
             counts = self._merge(vectors, base, out, floors or [0.0] * len(vectors))
             return counts if self.counted else (0, False)
         limits = np.array(floors or [0.0] * len(vectors), dtype=np.float32)
-        found = fast.disjoint(addresses(vectors), limits, *self._rule(), base.numpy(), out.numpy())
+        found = fast.disjoint(addresses(vectors), limits, self._rule(), base.numpy(), out.numpy())
         return int(found[0]), bool(found[1])
 
     def _rule(self) -> Rule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from merganser.blocks import BlockSpec
@@ -11,7 +12,7 @@ from merganser.methods._base import Method, State
 from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._options import Tensors
 
-__all__ = ["AsMerged", "Composed"]
+__all__ = ["Around", "AsMerged", "Composed", "Staged"]
 
 T = TypeVar("T")
 
@@ -114,5 +115,29 @@ class Composed(Method):
         return self.inner.review(state, notes)
 
     def repeats(self, key: BlockKey, doubts: frozenset[str], revised: State) -> bool:
-        """What the inner method says; a subclass with a state of its own hands on that of the inner method."""
+        """What the inner method says."""
         return self.inner.repeats(key, doubts, revised)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What earlier passes found for a method around another one; subclasses add fields of their own.
+
+    Attributes:
+        inner: what they found for the method inside; None if nothing.
+    """
+
+    inner: State
+
+
+class Staged(Composed):
+    """A method around another one whose state is an `Around`."""
+
+    def review(self, state: Around, notes: Mapping[str, int]) -> Around | None:
+        """What the inner method says."""
+        inner = None if state.inner is None else self.inner.review(state.inner, notes)
+        return None if inner is None else replace(state, inner=inner)
+
+    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: Around) -> bool:
+        """What the inner method says."""
+        return self.inner.repeats(key, doubts, revised.inner)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from merganser import kernels
 from merganser._torch import torch
-from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, BlockKey, Context, Transform, TransformedBlock, TransformedContext
-from merganser.methods._compose import Composed
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context, Transform, TransformedBlock, TransformedContext
+from merganser.methods._compose import Around, Staged
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
 from merganser.methods._stages import combination, l1_factors
@@ -20,14 +20,13 @@ __all__ = ["Dare"]
 
 
 @dataclass(frozen=True)
-class _DareState:
+class _DareState(Around):
     transform: Transform
     factors: Mapping[str, list[float]]
-    inner: State
 
 
 @dataclass(frozen=True)
-class Dare(Composed, name="dare"):
+class Dare(Staged, name="dare"):
     """``t_i' = m_i t_i / (1 - p)`` with a random mask ``m_i`` that drops each entry with probability p, then a merge.
 
     Masks are counter-based: entry p of a tensor is kept or dropped by (seed, model, tensor name, p) alone, so that
@@ -92,7 +91,7 @@ class Dare(Composed, name="dare"):
         def transform(block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
             return self._drop(block, index, delta).mul_(factors[block.key.name][index])
 
-        return _DareState(transform, factors, self.inner.prepare(TransformedContext(context, transform)))
+        return _DareState(self.inner.prepare(TransformedContext(context, transform)), transform, factors)
 
     def _drop(self, block: Block, index: int, delta: torch.Tensor) -> torch.Tensor:
         rate, key = per_model(self.drop_rate, index), block.key
@@ -125,7 +124,7 @@ class Dare(Composed, name="dare"):
         ]
         if isinstance(inner, Ties):
             return inner.merge_stored(block, stored, state.inner, dropped)
-        rule.merge_stored(stored, kernels.Limits([kernels.Wall(0.0)] * len(factors)), None, dropped)
+        rule.merge_stored(stored, kernels.Limits(), dropped=dropped)
         return stored.out
 
     def results(self, block: Block, state: _DareState) -> list[torch.Tensor]:
@@ -137,12 +136,3 @@ class Dare(Composed, name="dare"):
 
     def _finish(self, block: Block, merged: torch.Tensor) -> torch.Tensor:
         return rescaled(block, merged, self.scale) if isinstance(self.then, Method) else merged
-
-    def review(self, state: _DareState, notes: Mapping[str, int]) -> _DareState | None:
-        """What the second stage says."""
-        inner = self.inner.review(state.inner, notes)
-        return None if inner is None else _DareState(state.transform, state.factors, inner)
-
-    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _DareState) -> bool:
-        """What the method inside says."""
-        return self.inner.repeats(key, doubts, revised.inner)

@@ -10,9 +10,9 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import is_head
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, BlockKey, Context, Transform, TransformedBlock, TransformedContext
-from merganser.methods._compose import Composed
+from merganser.methods._base import About, Method
+from merganser.methods._block import Block, Context, Transform, TransformedBlock, TransformedContext
+from merganser.methods._compose import Around, Staged
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option, per_model
 from merganser.methods._schedule import CoarseToFine, coarse_to_fine, mean_without_outlier, output_change
@@ -27,13 +27,12 @@ _STEPS = 64
 
 
 @dataclass(frozen=True)
-class _DarexState:
+class _DarexState(Around):
     transform: Transform
-    inner: State
 
 
 @dataclass(frozen=True)
-class Darex(Composed, Search, name="darex"):
+class Darex(Staged, Search, name="darex"):
     """``t_i' = m_i t_i / q`` with a random mask that drops each entry with probability p, then a merge.
 
     DARE divides by ``1 - p``; where nearly everything is dropped, a larger q is better (``1 - p <= q <= 1``).
@@ -147,7 +146,7 @@ class Darex(Composed, Search, name="darex"):
             q = per_model(self.q, index) if factors is None else factors[key.name][index]
             return delta.mul_(mask.to(delta.device)).div_(q)
 
-        return _DarexState(transform, self.inner.prepare(TransformedContext(context, transform)))
+        return _DarexState(self.inner.prepare(TransformedContext(context, transform)), transform)
 
     def _analytic(self, context: Context) -> Mapping[str, list[float]]:
         """The factor of every tensor and model.
@@ -229,15 +228,6 @@ class Darex(Composed, Search, name="darex"):
 
     def _finish(self, block: Block, merged: torch.Tensor) -> torch.Tensor:
         return merged if isinstance(self.then, TaskArithmetic) else rescaled(block, merged, self.scale)
-
-    def review(self, state: _DarexState, notes: Mapping[str, int]) -> _DarexState | None:
-        """What the merge says."""
-        inner = self.inner.review(state.inner, notes)
-        return None if inner is None else _DarexState(state.transform, inner)
-
-    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _DarexState) -> bool:
-        """What the method inside says."""
-        return self.inner.repeats(key, doubts, revised.inner)
 
 
 def _bias_of(weight: str) -> str:

@@ -10,10 +10,10 @@ from typing import TypeVar
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import Place, RecipeError
-from merganser.methods._base import About, Method, State
+from merganser.methods._base import About, Method
 from merganser.methods._block import Block, BlockKey, Context, TransformedBlock
 from merganser.methods._common_basis import Basis, common_basis, workspace
-from merganser.methods._compose import Composed
+from merganser.methods._compose import Around, Staged
 from merganser.methods._matching import rescaled
 from merganser.methods._matrices import check_mean, is_matrix, mean_of_rest
 from merganser.methods._options import method_option, option
@@ -108,13 +108,12 @@ class _AlignedContext(Context):
 
 
 @dataclass(frozen=True)
-class _KnotsState:
+class _KnotsState(Around):
     bases: _Bases
-    inner: State
 
 
 @dataclass(frozen=True)
-class Knots(Composed, name="knots"):
+class Knots(Staged, name="knots"):
     """``T = U merge(U' t_1, .., U' t_n)`` with one basis U of all tasks' outputs: ``[t_1 | .. | t_n] = U S [V_1 ..]'``.
 
     The task vectors of a matrix ``[m, n]`` are joined along their inputs and decomposed. ``S V_i' = U' t_i`` is task i
@@ -205,7 +204,7 @@ class Knots(Composed, name="knots"):
             if is_matrix(spec) and ranks[name]
         }
         state = self.inner.prepare(_AlignedContext(context, bases, specs)) if specs else None
-        return _KnotsState(bases, state)
+        return _KnotsState(state, bases)
 
     def merge(self, block: Block, state: _KnotsState) -> torch.Tensor:
         """One matrix, or one block of the mean of the task vectors."""
@@ -227,12 +226,3 @@ class Knots(Composed, name="knots"):
         vector = aligned.basis.restored(block, merged.view(aligned.spec.shape))
         result = vector.view(-1).to(block.base.dtype).add_(block.base)
         return rescaled(block, result, self.scale) if isinstance(self.then, Method) else result
-
-    def review(self, state: _KnotsState, notes: Mapping[str, int]) -> _KnotsState | None:
-        """What the inner method says."""
-        inner = self.inner.review(state.inner, notes) if state.inner is not None else None
-        return None if inner is None else _KnotsState(state.bases, inner)
-
-    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _KnotsState) -> bool:
-        """What the method inside says."""
-        return self.inner.repeats(key, doubts, revised.inner)

@@ -12,8 +12,8 @@ from merganser.blocks import layer_of
 from merganser.errors import Place, RecipeError
 from merganser.kernels import Partials
 from merganser.methods._base import About, Method, State
-from merganser.methods._block import Block, BlockKey, Context
-from merganser.methods._compose import Composed
+from merganser.methods._block import Block, Context
+from merganser.methods._compose import Around, Staged
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option
 from merganser.methods.task_arithmetic import TaskArithmetic
@@ -22,15 +22,14 @@ __all__ = ["Lines"]
 
 
 @dataclass(frozen=True)
-class _LinesState:
-    """The state of the method inside, and the factor of every tensor."""
+class _LinesState(Around):
+    """Also the factor of every tensor."""
 
-    inner: State
     factors: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Lines(Composed, name="lines"):
+class Lines(Staged, name="lines"):
     """``W = W_0 + scale (alpha + beta l / (L - 1)) t`` in layer l of L, where t is the merged task vector of `of`.
 
     Tensors outside the layers (embeddings, final norm, head) are scaled by alpha. Every stack of layers, e.g. encoder
@@ -132,15 +131,6 @@ class Lines(Composed, name="lines"):
         """A step towards each of the results of the method inside."""
         factor = self.scale * state.factors[block.key.name]
         return [rescaled(block, merged.reshape(-1), factor) for merged in self.of.results(block, state.inner)]
-
-    def review(self, state: _LinesState, notes: Mapping[str, int]) -> _LinesState | None:
-        """What the method inside says."""
-        inner = self.of.review(state.inner, notes)
-        return None if inner is None else _LinesState(inner, state.factors)
-
-    def repeats(self, key: BlockKey, doubts: frozenset[str], revised: _LinesState) -> bool:
-        """What the method inside says."""
-        return self.of.repeats(key, doubts, revised.inner)
 
 
 def _layer(name: str) -> tuple[str, int] | None:

@@ -95,7 +95,7 @@ class ModelStock(Method, name="model_stock"):
         alike = not self.filter_wise and all(weight == 1 for weight in block.weights)
         if (stored := block.stored() if alike else None) is not None:
             step = kernels.Sum(len(block.weights), self.scale * state[block.key.name] / divisor)
-            step.merge_stored(stored, kernels.Limits([kernels.Wall(0.0)] * len(block.weights)))
+            step.merge_stored(stored, kernels.Limits())
             return stored.out
         total = block.buffer("total").zero_()
         if not self.filter_wise:

@@ -126,8 +126,7 @@ class Sce(Method, name="sce"):
         sizes = [weight * share for weight, share in zip(block.weights, shares, strict=True)]
         election = kernels.Disjoint(block.weights, sizes, factors=shares, scale=self.scale, counted=False)
         if (stored := block.stored()) is not None:
-            none = [kernels.Wall(0.0)] * len(sizes)
-            election.merge_stored(stored, kernels.Limits(none, least=self._least(block, state)))
+            election.merge_stored(stored, kernels.Limits(least=self._least(block, state)))
             return stored.out
         merged = block.buffer("total")
         election.merge(self._selected(block, state), block.base, merged)

@@ -197,7 +197,8 @@ class Ties(Method, name="ties"):
         floors = [threshold.wall(block.key) for threshold in state.thresholds[self._region(block.key)]]
         counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
         election = self._election_of(block, state)
-        self._count(block, election, *election.merge_stored(stored, kernels.Limits(floors), counts, dropped))
+        found = election.merge_stored(stored, kernels.Limits(floors), counts=counts, dropped=dropped)
+        self._count(block, election, *found)
         if counts is not None:
             for index, (below, equal) in enumerate(counts.tolist()):
                 block.note(f"below {index}", below)

@@ -14,7 +14,7 @@ from merganser.recipe._recipe import Recipe, Rule, Slice, Source
 from merganser.recipe._settings import Parameters, Setting, constant, parse_parameters
 from merganser.recipe._yaml import Document
 
-__all__ = ["build_recipe", "load_recipe"]
+__all__ = ["FORMS", "build_recipe", "load_recipe", "refuse"]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -32,7 +32,7 @@ _UNSUPPORTED = {
     "tokenizer": "use `tokenizer_source: base` or a model; vocabularies are not merged",
     "chat_template": "the template of the parent is copied; edit chat_template.jinja in the output",
 }
-_FORMS = {
+FORMS = {
     "models": "write a list of `- model: PATH`",
     "model": "write `model: PATH`, in quotes if the path is a number",
     "slices": "write a list of `- sources: [{model: PATH, layer_range: [0, 8]}, ...]`",
@@ -43,17 +43,26 @@ _FORMS = {
 }
 
 
+def refuse(document: Document, *keys: str) -> None:
+    """Refuse keys of mergekit that are not supported, with advice.
+
+    Raises:
+        RecipeError: E0302.
+    """
+    for key in keys:
+        if isinstance(document.data, dict) and key in document.data:
+            raise RecipeError(
+                "E0302", f"the key `{key}` is not supported", places=place_in(document, (key,)), fix=_UNSUPPORTED[key]
+            )
+
+
 def build_recipe(document: Document, text: str | None = None) -> Recipe:
     """A recipe from parsed YAML."""
     from merganser.recipe._schema import RecipeFile
 
     file = document.file
-    for key, advice in _UNSUPPORTED.items():
-        if isinstance(document.data, dict) and key in document.data:
-            raise RecipeError(
-                "E0302", f"the key `{key}` is not supported", places=place_in(document, (key,)), fix=advice
-            )
-    parsed = validated(document, RecipeFile, "recipe", _FORMS)
+    refuse(document, *_UNSUPPORTED)
+    parsed = validated(document, RecipeFile, "recipe", FORMS)
     if (parsed.models is None) == (parsed.slices is None):
         place = place_in(document, ("slices",) if parsed.models else ())
         raise RecipeError(

@@ -6,16 +6,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-__all__ = ["RecipeFile"]
+__all__ = ["ModelName", "RecipeFile", "Strict"]
 
 ModelName = StrictStr | dict[str, Any]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What has no other keys, and does not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One input of a merge."""
 
     model: ModelName = Field(description="Folder, safetensors file, or id in the local Hugging Face cache.")
@@ -30,7 +32,7 @@ class SourceEntry(ModelEntry):
     layer_range: tuple[StrictInt, StrictInt] | None = Field(default=None, description="First layer, one past the last.")
 
 
-class SliceEntry(_Strict):
+class SliceEntry(Strict):
     """A run of output layers, merged from equally many layers of each source."""
 
     sources: list[SourceEntry] = Field(min_length=1)
@@ -38,7 +40,7 @@ class SliceEntry(_Strict):
     parameters: dict[str, Any] = {}
 
 
-class RuleEntry(_Strict):
+class RuleEntry(Strict):
     """A method of their own for some tensors."""
 
     tensors: StrictStr | list[StrictStr] = Field(description="Patterns of output names, e.g. `*.mlp.*`.")
@@ -46,7 +48,7 @@ class RuleEntry(_Strict):
     parameters: dict[str, Any] = Field(default={}, description="Settings of that method.")
 
 
-class RecipeFile(_Strict):
+class RecipeFile(Strict):
     """A merge: exactly one of `models` and `slices`, a method, and its settings."""
 
     merge_method: StrictStr = Field(description="Registry name; see `merganser methods`.")

@@ -28,7 +28,6 @@ from merganser.evaluation.bench._rows import (
     merge_row,
     moments_of,
     needs_statistics,
-    reads_moments,
     walks,
 )
 from merganser.evaluation.bench._schema import MethodEntry, SuiteTask
@@ -162,11 +161,11 @@ class _Run:
         label = f"{name} seed {seed}" + ("" if draw is None else f", {len(experts)} models, draw {draw}")
 
         def make() -> dict[str, Any]:
-            if reads_moments(entry):
-                return merge_row(self._lab, entry, experts, moments_of(experts), seed, tuned=draw is None)
             if reads and (missing := [e.task for e in experts if e.task not in files]):
                 raise InputError("E0419", f"the statistics of `{missing[0]}` were not collected")
             some = [files[e.task] for e in experts] if reads else []
+            if entry.reads_moments:
+                some = [moments_of(expert) for expert in experts]
             cost = sum((m.cost for m in some), Cost())
             measured = Measured(tuple(file for m in some for file in m.files), cost)
             return merge_row(self._lab, entry, experts, measured, seed, tuned=draw is None)

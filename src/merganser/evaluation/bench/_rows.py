@@ -39,7 +39,6 @@ __all__ = [
     "merge_row",
     "moments_of",
     "needs_statistics",
-    "reads_moments",
     "walks",
 ]
 
@@ -59,19 +58,12 @@ def walks(entry: MethodEntry) -> bool:
     return isinstance(create_method(entry.method, entry.options), Sequential)
 
 
-def reads_moments(entry: MethodEntry) -> bool:
-    """Whether a method reads what the experts' optimizers have left, and no other statistics."""
-    return entry.method == "squisher"
-
-
 def needs_statistics(entry: MethodEntry, models: int) -> bool:
     """Whether a method reads statistics that are collected."""
-    if reads_moments(entry):
-        return False
     method = create_method(entry.method, entry.options)
     if isinstance(method, Sequential):
         return method.curved
-    return bool(method.requires(models) & set(TABLES))
+    return not entry.reads_moments and bool(method.requires(models) & set(TABLES))
 
 
 def chooses(entry: MethodEntry, models: int) -> bool:
@@ -88,23 +80,20 @@ def collected(lab: Lab, expert: Expert) -> dict[str, Any]:
     return {"file": file.name, "cost": dataclasses.asdict(cost)}
 
 
-def moments_of(experts: Sequence[Expert]) -> Measured:
-    """What the experts' optimizers have left; it costs nothing.
+def moments_of(expert: Expert) -> Measured:
+    """What an expert's optimizer has left; it costs nothing.
 
     Raises:
-        RecipeError: E0308, an expert was not trained here.
+        RecipeError: E0308, the expert was not trained here.
     """
-    files = []
-    for expert in experts:
-        if expert.moments is None:
-            raise RecipeError(
-                "E0308",
-                "`squisher` needs the state of the optimizers, and the expert was not trained by this suite",
-                places=Place(file=str(expert.model), key=expert.task),
-                fix="leave the row out",
-            )
-        files.append(expert.moments)
-    return Measured(tuple(files), Cost())
+    if expert.moments is None:
+        raise RecipeError(
+            "E0308",
+            "`squisher` needs the state of the optimizers, and the expert was not trained by this suite",
+            places=Place(file=str(expert.model), key=expert.task),
+            fix="leave the row out",
+        )
+    return Measured((expert.moments,), Cost())
 
 
 def merge_row(
@@ -192,7 +181,7 @@ def _check_kinds(lab: Lab, entry: MethodEntry, models: int) -> None:
     Raises:
         RecipeError: E0308.
     """
-    if reads_moments(entry):
+    if not needs_statistics(entry, models):
         return
     wanted = create_method(entry.method, entry.options).requires(models) & set(TABLES)
     missing = sorted(wanted - parse_kinds(lab.settings.statistics.kinds))

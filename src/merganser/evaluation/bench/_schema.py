@@ -99,6 +99,11 @@ class MethodEntry(Strict):
     trials: StrictInt | None = Field(default=None, ge=1)
     init: Any = None
 
+    @property
+    def reads_moments(self) -> bool:
+        """Whether the method reads what the experts' optimizers have left, and no other statistics."""
+        return self.method == "squisher"
+
 
 class BaselineTraining(Strict):
     """Baselines that are trained: steps and rates; by default those of the experts."""
@@ -151,4 +156,4 @@ class SuiteFile(Strict):
     @property
     def keeps_moments(self) -> bool:
         """Whether the second moments of the experts' optimizers are kept, because a row merges by them."""
-        return any(entry.method == "squisher" for entry in self.methods)
+        return any(entry.reads_moments for entry in self.methods)

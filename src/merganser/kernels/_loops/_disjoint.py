@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from merganser.kernels._loops._jit import TILE, Array, compiled, float32_pointer, vector_at
 
-__all__ = ["combine", "disjoint", "mask_tile", "variance", "variance_tile"]
+__all__ = ["Rule", "combine", "disjoint", "mask_tile", "variance", "variance_tile"]
+
+Rule: TypeAlias = "tuple[Array, int, int, bool, float]"
+"""What becomes of vectors.
+
+- A table: a row of weights, one of factors of what agrees, one of what a vector that agrees adds to the divisor.
+- What is taken: 0 for the mean, 1 for the sum, 2 for the largest of what agrees, 3 for the sum of all without weights.
+- The sign elected where the sum is 0; 0 for none.
+- Whether signs are counted.
+- The scale of the merge.
+"""
 
 _ALL = 3
 """Of what is taken: the sum of all entries, without an election."""
 
 
 @compiled
-def combine(
-    vectors: Array,
-    count: int,
-    table: Array,
-    take: int,
-    zero: int,
-    counted: bool,
-    scale: float,
-    base: Array,
-    out: Array,
-    room: Array,
-) -> tuple[int, bool]:
+def combine(vectors: Array, count: int, rule: Rule, base: Array, out: Array, room: Array) -> tuple[int, bool]:
     """The merge of the first `count` entries of trimmed vectors, the rows of a matrix, which is overwritten.
 
     Args:
         vectors: float32.
         count: of their entries.
-        table: a row of weights, one of factors of what agrees, one of what a vector that agrees adds to the divisor.
-        take: 0 for the mean, 1 for the sum, 2 for the largest of what agrees, 3 for the sum of all without weights.
-        zero: the sign elected where the sum is 0; 0 for none.
-        counted: whether signs are counted.
-        scale: of the merge.
+        rule: what becomes of them.
         base: is added at last.
         out: receives the result.
         room: four rows.
@@ -43,6 +40,7 @@ def combine(
         How many more sums are positive than negative, and whether entries cancel; zeros if that is not counted, and
         without an election.
     """
+    table, take, zero, counted, scale = rule
     if take == _ALL:
         total, scale_ = vectors[0], np.float32(scale)
         for k in range(1, len(vectors)):
@@ -134,27 +132,13 @@ def mask_tile(values: Array, mask: Array, count: int) -> None:
 
 
 @compiled
-def disjoint(
-    addresses: Array,
-    floors: Array,
-    table: Array,
-    take: int,
-    zero: int,
-    counted: bool,
-    scale: float,
-    base: Array,
-    out: Array,
-) -> tuple[int, bool]:
+def disjoint(addresses: Array, floors: Array, rule: Rule, base: Array, out: Array) -> tuple[int, bool]:
     """The disjoint merge of vectors of float32, as `merganser.kernels.disjoint` describes it.
 
     Args:
         addresses: of the first elements of the vectors.
         floors: smaller magnitudes count as zero, per vector.
-        table: as for `combine`, and all that follow.
-        take: what is taken.
-        zero: the sign elected where the sum is 0.
-        counted: whether signs are counted.
-        scale: of the merge.
+        rule: as for `combine`.
         base: is added at last.
         out: receives the result.
 
@@ -174,7 +158,7 @@ def disjoint(
             vector[:count] = given
             mask_tile(vector, mask, count)
         own, result = base[first : first + count], out[first : first + count]
-        found = combine(vectors, count, table, take, zero, counted, scale, own, result, room)
+        found = combine(vectors, count, rule, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
     return balance, doubt
 

@@ -13,7 +13,7 @@ from merganser.kernels._loops._tiles import deltas, select
 __all__ = ["products_stored", "split_stored", "split_variances"]
 
 _CHUNK = 1 << 14
-"""Elements over which energies are summed."""
+"""Elements over which products are summed."""
 
 
 @compiled

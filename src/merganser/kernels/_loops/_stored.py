@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from merganser.kernels._loops._convert import narrow_tile
-from merganser.kernels._loops._disjoint import combine, mask_tile
+from merganser.kernels._loops._disjoint import Rule, combine, mask_tile
 from merganser.kernels._loops._jit import TILE, Array, compiled
 from merganser.kernels._loops._random import keep
 from merganser.kernels._loops._ranks import rank_row
 from merganser.kernels._loops._tiles import deltas, drop_tile, select, which_stay
 
 __all__ = ["merge_ranked", "merge_stored"]
+
+Drops: TypeAlias = "tuple[Array, Array, Array, int]"
+"""Of every model a row of bytes, one for each element (no rows: nothing is dropped), a row for `drop_tile`, and a key
+of further draws; the position of the first element.
+"""
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -22,15 +29,8 @@ def merge_stored(
     walls: Array,
     ties: Array,
     least: float,
-    draws: Array,
-    chances: Array,
-    keys: Array,
-    start: int,
-    table: Array,
-    take: int,
-    zero: int,
-    counted: bool,
-    scale: float,
+    drops: Drops,
+    rule: Rule,
     base: Array,
     out: Array,
     counts: Array,
@@ -43,15 +43,8 @@ def merge_stored(
         ties: of the magnitudes that equal a floor or a cap the first so many lie above it, all if that is negative; a
             third row begins with that of `least`. Overwritten.
         least: entries whose variance over the models lies below it, or is zero, count as zero; none if it is negative.
-        draws: bytes, for each model and element; without rows nothing is dropped at random.
-        chances: rows for `drop_tile`, for each model. What is left is compared with walls, and merged.
-        keys: of further draws, for each model.
-        start: the position of the first element.
-        table: as for `combine`, and all that follow.
-        take: what is taken.
-        zero: the sign elected where the sum is 0.
-        counted: whether signs are counted.
-        scale: of the merge.
+        drops: what is dropped at random; what is left is compared with walls, and merged.
+        rule: as for `combine`.
         base: is added at last.
         out: receives the result.
         counts: where it has a row for each model, the magnitudes below its floor, and those that equal it, are added to
@@ -61,6 +54,7 @@ def merge_stored(
         How many more sums are positive than negative, and whether entries cancel.
     """
     size, balance, doubt = base.size, 0, False
+    draws, chances, keys, start = drops
     vectors, room = np.empty((addresses.size, TILE), np.float32), np.empty((4, TILE), np.float32)
     own, result, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
     mask, chosen = np.empty(TILE, np.uint32), np.empty(TILE, np.uint8)
@@ -85,7 +79,7 @@ def merge_stored(
                 if walls[0, k] > 0 if side == 0 else walls[1, k] < np.inf:
                     ties[side, k] = which_stay(vectors[k], count, walls[side, k], ties[side, k], side == 1, mask)
                     mask_tile(vectors[k], mask, count)
-        found = combine(vectors, count, table, take, zero, counted, scale, own, result, room)
+        found = combine(vectors, count, rule, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
     return balance, doubt
@@ -99,11 +93,7 @@ def merge_ranked(
     start: int,
     keys: Array,
     rescaled: bool,
-    table: Array,
-    take: int,
-    zero: int,
-    counted: bool,
-    scale: float,
+    rule: Rule,
     base: Array,
     out: Array,
 ) -> None:
@@ -117,11 +107,7 @@ def merge_ranked(
         start: the position of the first element.
         keys: of further draws, for each model.
         rescaled: whether what is kept is divided by its probability.
-        table: as for `combine`, and all that follow.
-        take: what is taken.
-        zero: the sign elected where the sum is 0.
-        counted: whether signs are counted.
-        scale: of the merge.
+        rule: as for `combine`.
         base: is added at last; whole rows.
         out: receives the result, rounded to bfloat16.
     """
@@ -147,5 +133,5 @@ def merge_ranked(
                 # an entry that is never kept is zero already
                 for j in range(width):
                     vector[j] /= max(kept[j], least)
-        combine(vectors, width, table, take, zero, counted, scale, own, result, room)
+        combine(vectors, width, rule, own, result, room)
         narrow_tile(result.view(np.uint32), out[first:last])
