@@ -86,9 +86,9 @@ def test_merges_of_weights_as_files_have_them(
         calls.append(intervals)
         return around(stored, split, intervals)
 
-    def combined(rule: kernels.Combination, *rest: Any) -> object:
+    def combined(rule: kernels.Combination, *rest: Any, **named: Any) -> object:
         calls.append(rule)
-        return merged(rule, *rest)
+        return merged(rule, *rest, **named)
 
     def dropped(rule: kernels.Combination, *rest: Any, **named: Any) -> None:
         calls.append(rule)
