@@ -1,4 +1,4 @@
-"""An evaluator that is a command of the user's."""
+"""Evaluators of the command line: a command of the user's, or tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from merganser.errors import EnvironmentFault, UsageError
 
-__all__ = ["command_evaluator"]
+__all__ = ["command_evaluator", "task_evaluator"]
 
 
 def command_evaluator(command: str | None) -> Any:
@@ -31,6 +31,35 @@ def command_evaluator(command: str | None) -> Any:
     if not words:
         raise UsageError("E0201", "`--eval-cmd` is empty")
     return FolderEvaluator(lambda folder: _run(words, folder), command)
+
+
+def task_evaluator(tasks: str, data: str | None, device: str | None, threads: int | None) -> Any:
+    """An evaluator of tasks whose models run in several threads, while merges have torch's operations in one.
+
+    Args:
+        tasks: a task file.
+        data: the folder at which relative paths of the tasks start.
+        device: where to compute.
+        threads: how many; all cores if None.
+
+    Raises:
+        RecipeError: the task file is wrong.
+    """
+    import torch
+
+    from merganser.engine import available_cores
+    from merganser.evaluation import Evaluation, Evaluator, read_tasks
+
+    class Threaded(Evaluator):
+        def measure(self, model: Any) -> Evaluation:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads or available_cores())
+            try:
+                return super().measure(model)
+            finally:
+                torch.set_num_threads(before)
+
+    return Threaded(read_tasks(tasks, data), device=device)
 
 
 def _run(words: list[str], folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from merganser.cli._app import app, emit
-from merganser.cli._common import Json, settle_process
+from merganser.cli._common import Json, Threads, settle_process
 from merganser.cli.eval import DataFolder
 from merganser.errors import escape
 
@@ -19,14 +19,19 @@ def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite file.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the results and of what is kept.")],
     data: DataFolder = None,
+    threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="The suite's small run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a suite of experiments: fine-tune, collect, merge, tune, measure. A run that was stopped goes on."""
+    """Run a suite of experiments: fine-tune, collect, merge, tune, measure. A run that was stopped goes on.
+
+    Where several runs share a machine, give each its part of the cores (`--threads`).
+    """
+    from merganser.engine import available_cores
     from merganser.evaluation.bench import bench as run
 
-    settle_process()
+    settle_process(threads or available_cores())
     began = time.perf_counter()
 
     def say(line: str) -> None:

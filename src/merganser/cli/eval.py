@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from merganser.cli._app import app, emit
-from merganser.cli._common import Json, settle_process
+from merganser.cli._common import Json, Threads, settle_process
 from merganser.errors import escape
 
 TaskFile = Annotated[str, typer.Option("--tasks", "-t", metavar="FILE", help="What is measured: a task file.")]
@@ -24,13 +24,15 @@ def eval(  # noqa: A001 - the command's name
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a safetensors file.")],
     tasks: TaskFile,
     data: DataFolder = None,
+    threads: Threads = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Measure a model on tasks: each figure with its number of items and its 95 % interval."""
+    from merganser.engine import available_cores
     from merganser.evaluation import evaluator, refuse_tuned
 
-    settle_process()
+    settle_process(threads or available_cores())
     measure = evaluator(tasks, data=data, device=device)
     refuse_tuned(model, measure)
     found = measure.measure(model)

@@ -97,11 +97,11 @@ def tune(
     recipe = build_recipe(inputs, method, base, weights, settings, statistics, init=init, **keys)
     if (tasks is None) == (eval_cmd is None):
         raise UsageError("E0201", "give one of --tasks and --eval-cmd")
-    from merganser.cli._evaluator import command_evaluator
-    from merganser.evaluation import evaluator, parse_space, tune_recipe
+    from merganser.cli._evaluator import command_evaluator, task_evaluator
+    from merganser.evaluation import parse_space, tune_recipe
 
     settle_process()
-    measure: Any = command_evaluator(eval_cmd) if tasks is None else evaluator(tasks, data=data, device=device)
+    measure: Any = command_evaluator(eval_cmd) if tasks is None else task_evaluator(tasks, data, device, threads)
     found = tune_recipe(
         recipe,
         measure,
@@ -111,7 +111,7 @@ def tune(
         objective=objective,
         seed=seed or 0,
         storage=storage,
-        report=None if report_tasks is None else evaluator(report_tasks, data=data, device=device),
+        report=None if report_tasks is None else task_evaluator(report_tasks, data, device, threads),
         out=out,
         overwrite=overwrite,
         threads=threads,

@@ -148,7 +148,10 @@ class Evaluator:
         """This one, with a folder as base if the tasks name none."""
         if folder is None or self.tasks.base is not None:
             return self
-        return Evaluator(dataclasses.replace(self.tasks, base=folder), device=self._device)
+        found = copy.copy(self)
+        found.tasks = dataclasses.replace(self.tasks, base=folder)
+        found._prepared, found._experts = {}, {}
+        return found
 
     def digests(self, home: Path | None = None, *, strict: bool = True) -> dict[str, tuple[str, ...]]:
         """Digests of the items of every task.
