@@ -203,7 +203,7 @@ def test_what_an_auditor_sees(command: str, audit: tuple[Path, dict[str, Any]]) 
     opened = {Path(name) for name, _ in found["open"]}
     inside = {path.name for path in opened if path.parent in (root / "a", root / "b")}
     weights = {"config.json", "model.safetensors"}
-    carried = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    carried = {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert weights <= inside <= weights | (carried if command in ("merge", "plan") else set())
     written = {Path(name) for name, flags in found["open"] if flags & WRITING}
     places = [Path(os.environ["XDG_CACHE_HOME"]), *([root / "result"] if command == "merge" else [])]

@@ -318,7 +318,7 @@ def test_one_shard_of_three_is_not_the_model(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     write_files(tmp_path / "model", {"config.json": llama_config(), "training_args.bin": b"\x80\x04."})
     assert fails(tmp_path / "model", "E0401").places[0].file == str(tmp_path / "model")
-    write_files(tmp_path / "adapter", {"adapter_config.json": {}, "adapter_model.safetensors": b""})
+    write_files(tmp_path / "adapter", {"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.safetensors": b""})
     assert "adapter" in fails(tmp_path / "adapter", "E0401").message
 
 

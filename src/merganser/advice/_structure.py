@@ -42,8 +42,8 @@ def examine(models: Sequence[Any], base: Any, *, threads: int | None = None) -> 
     Raises:
         MerganserError: a model cannot be opened, or read.
     """
-    opened = [open_checkpoint(model, label=f"models[{index}]") for index, model in enumerate(models)]
     origin = open_checkpoint(base, label="base")
+    opened = [open_checkpoint(model, label=f"models[{index}]", base=origin) for index, model in enumerate(models)]
     findings: list[Finding] = []
     plan, heads = None, "merge"
     try:

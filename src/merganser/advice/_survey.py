@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -87,10 +86,9 @@ def display_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """The last part of every model's path, numbered where two are the same; never a whole path."""
     names: list[str] = []
     for checkpoint in checkpoints:
-        stem = (checkpoint.folder.resolve().name if checkpoint.folder else Path(checkpoint.label).name) or "model"
-        name, number = stem, 2
+        name, number = checkpoint.title, 2
         while name in names:
-            name, number = f"{stem} ({number})", number + 1
+            name, number = f"{checkpoint.title} ({number})", number + 1
         names.append(name)
     return tuple(names)
 

@@ -9,7 +9,7 @@ from merganser.checkpoint._files import FilePool, open_regular
 from merganser.checkpoint._folder import refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
-from merganser.checkpoint._open import ModelLike, open_checkpoint
+from merganser.checkpoint._open import ModelLike, open_checkpoint, parts_of_reference
 from merganser.checkpoint._safetensors import read_header
 from merganser.checkpoint._writer import Shard, ShardWriter, index_of, lay_out, write_error
 
@@ -29,6 +29,7 @@ __all__ = [
     "open_regular",
     "output_config",
     "parse_json",
+    "parts_of_reference",
     "read_header",
     "read_json",
     "refuse_unmergeable",

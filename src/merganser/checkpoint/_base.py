@@ -21,12 +21,19 @@ class Checkpoint(ABC):
         folder: its folder, if it has one.
         config: the parsed ``config.json``, if there is one.
         warnings: what was noticed while opening it.
+        beside: further folders that it is made of.
     """
 
     label: str
     folder: Path | None = None
     config: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """How published files call it: the name of its folder or file, without a path."""
+        return (Path(self.label) if self.folder is None else self.folder.resolve()).name or "model"
 
     @abstractmethod
     def specs(self) -> Mapping[str, BlockSpec]:
@@ -46,6 +53,18 @@ class Checkpoint(ABC):
     @abstractmethod
     def place_of(self, name: str) -> str:
         """The file that holds the tensor (or the label of an in-memory model), for messages."""
+
+    def written(self, name: str) -> torch.dtype:
+        """The type that the tensor has in a copy of the model: that in which it is read, unless it is computed."""
+        return self.specs()[name].dtype
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide the model's tensors, each once; none if it is in memory."""
+        return ()
+
+    def stamps(self) -> Mapping[Path, tuple[int, ...]]:
+        """What was known of every such file when it was opened: size, time of change, inode and device."""
+        return {}
 
     def aliases(self) -> Mapping[str, str]:
         """Names that are another tensor under a second name, each with the name that counts."""

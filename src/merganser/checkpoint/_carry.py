@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LICENCE_FILES", "output_config", "side_files"]
+__all__ = ["CARD", "LICENCE_FILES", "output_config", "side_files"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,6 +40,7 @@ _MODEL_FILES = (
     "sentence_*_config.json",
     "*_Pooling/config.json",
 )
+CARD = "README.md"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
 _EXECUTABLE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
@@ -51,10 +52,10 @@ def side_files(folder: Path, kinds: str) -> Iterator[tuple[str, Path]]:
 
     Args:
         folder: the parent.
-        kinds: ``"tokenizer"``, ``"model"`` or ``"licence"``. Only names on the lists above are taken; weights,
-            optimizer states, code and everything unknown stay behind.
+        kinds: ``"tokenizer"``, ``"model"``, ``"licence"`` or ``"card"``. Only names on the lists above are taken;
+            weights, optimizer states, code and everything unknown stay behind.
     """
-    patterns = {"tokenizer": _TOKENIZER_FILES, "model": _MODEL_FILES, "licence": LICENCE_FILES}[kinds]
+    patterns = {"tokenizer": _TOKENIZER_FILES, "model": _MODEL_FILES, "licence": LICENCE_FILES, "card": (CARD,)}[kinds]
     root = folder.resolve()
     found = {}
     for pattern in patterns:

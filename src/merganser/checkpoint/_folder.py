@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoint._adapter_config import ADAPTER_CONFIG
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._file import FileCheckpoint
 from merganser.checkpoint._files import FilePool, open_regular
@@ -17,7 +18,7 @@ from merganser.checkpoint._kinds import pickle_refused
 from merganser.checkpoint._safetensors import Entry, read_header
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, escape
 
-__all__ = ["open_file", "open_folder", "refuse_unmergeable", "unreadable"]
+__all__ = ["check_inside", "is_adapter", "open_file", "open_folder", "refuse_unmergeable", "unreadable"]
 
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -61,7 +62,7 @@ def open_folder(folder: Path, pool: FilePool | None = None) -> FileCheckpoint:
             f"{folder} has both {single.name} and {index.name}; the single file is used, as transformers does"
         )
     if single is not None:
-        _inside(single, folder, single.name)
+        check_inside(single, folder, single.name)
         headers = {single: _read_entries(single)}
         files = dict.fromkeys(headers[single], single)
     else:
@@ -72,6 +73,13 @@ def open_folder(folder: Path, pool: FilePool | None = None) -> FileCheckpoint:
     return FileCheckpoint(files, headers, label=str(folder), folder=folder, config=config, warnings=warnings, pool=pool)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, not a model."""
+    names = set(os.listdir(folder))
+    whole = (f"{stem}.safetensors{end}" for stem in _STEMS for end in ("", ".index.json"))
+    return ADAPTER_CONFIG in names and names.isdisjoint(whole)
+
+
 def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
     names = set(os.listdir(folder))
     for stem in _STEMS:
@@ -80,13 +88,6 @@ def _find_weights(folder: Path) -> tuple[Path | None, Path | None]:
             return (folder / single if single in names else None, folder / index if index in names else None)
     others = sorted(name for name in names if name.endswith(".safetensors"))
     place = Place(file=str(folder))
-    if "adapter_config.json" in names:
-        raise InputError(
-            "E0401",
-            "the folder holds an adapter, not a whole model",
-            places=place,
-            fix="merge the adapter into its base first (peft: `merge_and_unload`), then merge the models",
-        )
     if len(others) == 1 and _SHARD.search(others[0]):
         raise InputError(
             "E0404",
@@ -131,7 +132,7 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
     path = folder / "config.json"
     if not os.path.lexists(path):
         return None
-    _inside(path, folder, path.name)
+    check_inside(path, folder, path.name)
     config = read_json(path, "E0409", infinite=True)
     if not isinstance(config, dict):
         raise InputError("E0409", "config.json is not a JSON object", places=Place(file=str(path)))
@@ -172,7 +173,7 @@ def refuse_unmergeable(checkpoint: Checkpoint) -> None:
 def _read_index(
     folder: Path, index: Path, warnings: list[str]
 ) -> tuple[dict[str, Path], dict[Path, Mapping[str, Entry]]]:
-    _inside(index, folder, index.name)
+    check_inside(index, folder, index.name)
     weight_map = read_weight_map(index)
     shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
     missing = [shard for shard, path in shards.items() if not os.path.lexists(path)]
@@ -187,7 +188,7 @@ def _read_index(
         )
     headers: dict[Path, Mapping[str, Entry]] = {}
     for shard, path in shards.items():
-        _inside(path, folder, shard)
+        check_inside(path, folder, shard)
         headers[path] = _read_entries(path)
     files = {name: shards[shard] for name, shard in weight_map.items()}
     for name, path in files.items():
@@ -216,7 +217,7 @@ def _some(names: Sequence[str]) -> str:
     return shown + (", ..." if len(names) > 3 else "")
 
 
-def _inside(path: Path, folder: Path, shown: str) -> None:
+def check_inside(path: Path, folder: Path, shown: str) -> None:
     """Refuse a file that a symbolic link moves out of the folder, unless into the blobs of its Hugging Face cache."""
     try:
         real = path.resolve(strict=True)

@@ -10,13 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
+from merganser.checkpoint._adapter import AdaptedCheckpoint
+from merganser.checkpoint._adapter_config import read_adapter_config
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._files import FilePool
-from merganser.checkpoint._folder import open_file, open_folder, unreadable
+from merganser.checkpoint._folder import is_adapter, open_file, open_folder, unreadable
 from merganser.checkpoint._memory import DictCheckpoint
 from merganser.errors import EnvironmentFault, InputError, Place, nearest
 
-__all__ = ["ModelLike", "open_checkpoint"]
+__all__ = ["ModelLike", "open_checkpoint", "parts_of_reference"]
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
@@ -56,14 +58,19 @@ class _Adapter(Checkpoint):
         out.copy_(rows.reshape(-1)[start - first * width : stop - first * width])
 
 
-def open_checkpoint(model: ModelLike, *, label: str = "state dict", pool: FilePool | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: ModelLike, *, label: str = "state dict", pool: FilePool | None = None, base: Checkpoint | None = None
+) -> Checkpoint:
     """Open a model; only headers are read.
 
     Args:
         model: a folder, a ``.safetensors`` file, the id of a model in the local Hugging Face cache (``org/name``,
-            ``org/name@revision``), a state dict, a module, or a checkpoint.
+            ``org/name@revision``), one of these and adapters with ``+`` between them, an adapter alone, a state dict,
+            a module, or a checkpoint. A path that exists is taken as it is, whatever signs are in it.
         label: what messages call an in-memory model.
         pool: open files to share with other checkpoints.
+        base: what an adapter that is named alone is folded into; if None, the model that its configuration names, where
+            that is on this machine.
 
     Raises:
         InputError: it does not exist, or is damaged.
@@ -73,7 +80,7 @@ def open_checkpoint(model: ModelLike, *, label: str = "state dict", pool: FilePo
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, str | os.PathLike):
-        return _open_path(os.fspath(model), pool)
+        return _open_path(os.fspath(model), pool, base)
     if isinstance(model, Mapping):
         return DictCheckpoint(model, label)
     if callable(getattr(model, "state_dict", None)):
@@ -86,7 +93,7 @@ def open_checkpoint(model: ModelLike, *, label: str = "state dict", pool: FilePo
     )
 
 
-def _open_path(name: str | bytes, pool: FilePool | None) -> Checkpoint:
+def _open_path(name: str | bytes, pool: FilePool | None, base: Checkpoint | None) -> Checkpoint:
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     if "\0" in name or not name:
@@ -94,17 +101,23 @@ def _open_path(name: str | bytes, pool: FilePool | None) -> Checkpoint:
     path = Path(name)
     try:
         if path.is_dir():
-            return open_folder(path, pool)
+            return _open_adapter(path, pool, base) if is_adapter(path) else open_folder(path, pool)
         if path.is_file():
             return open_file(path, pool)
         if os.path.lexists(path):
             raise InputError("E0401", "the path is neither a folder nor a regular file", places=Place(file=name))
     except OSError as error:
         raise unreadable(path, error) from None
+    first, *adapters = parts_of_reference(name)
+    if adapters:
+        checkpoint = _open_path(first, pool, base)
+        for adapter in adapters:
+            checkpoint = AdaptedCheckpoint(checkpoint, _folder_of(adapter) or Path(adapter), pool)
+        return checkpoint
     if _HUB_ID.match(name):
         snapshot = _cached_snapshot(name)
         if snapshot is not None:
-            return open_folder(snapshot, pool)
+            return _open_adapter(snapshot, pool, base) if is_adapter(snapshot) else open_folder(snapshot, pool)
         if not path.parent.exists():
             repo = name.partition("@")[0]
             raise EnvironmentFault(
@@ -114,6 +127,45 @@ def _open_path(name: str | bytes, pool: FilePool | None) -> Checkpoint:
                 fix=f"correct the path, or download the model first: hf download {repo}",
             )
     raise InputError("E0401", f"the model does not exist: {name}", places=Place(file=name), fix=_neighbour(path))
+
+
+def parts_of_reference(name: str) -> tuple[str, ...]:
+    """A model's name, and those of its adapters, which stand behind ``+`` signs; names may have such signs, too."""
+    if "+" not in name or os.path.lexists(name):
+        return (name,)
+    at = len(name)
+    while (at := name.rfind("+", 0, at)) > 0:
+        if _folder_of(name[at + 1 :]) is not None:
+            return (*parts_of_reference(name[:at]), name[at + 1 :])
+    return (name,)
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of a model or adapter, by path or id."""
+    if Path(name).is_dir():
+        return Path(name)
+    return _cached_snapshot(name) if _HUB_ID.match(name) else None
+
+
+def _open_adapter(folder: Path, pool: FilePool | None, base: Checkpoint | None) -> Checkpoint:
+    """An adapter that is named alone, in a base.
+
+    Raises:
+        InputError: E0401, there is no base.
+    """
+    if base is None:
+        named = read_adapter_config(folder).base
+        home = None if named is None else _folder_of(named)
+        if home is None or is_adapter(home):
+            raise InputError(
+                "E0401",
+                "the folder holds an adapter, not a whole model"
+                + (f", and its base {named} is not on this machine" if named else ""),
+                places=Place(file=str(folder)),
+                fix="name it behind its base, as BASE+ADAPTER, or give --base",
+            )
+        base = open_folder(home, pool)
+    return AdaptedCheckpoint(base, folder, pool)
 
 
 def _neighbour(path: Path) -> str:

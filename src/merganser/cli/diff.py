@@ -26,8 +26,8 @@ def diff(
     from merganser.engine import Difference, compare, group_of
 
     settle_process()
-    first, second = open_checkpoint(a), open_checkpoint(b)
     origin = None if base is None else open_checkpoint(base)
+    first, second = open_checkpoint(a, base=origin), open_checkpoint(b, base=origin)
     structure = _structure(first, second)
     found = compare(first, second, origin)
     groups: dict[str, list[Any]] = {}

@@ -4,11 +4,13 @@ from merganser.engine._api import merge
 from merganser.engine._executor import Executor, LocalThreads, available_cores
 from merganser.engine._front import map_front
 from merganser.engine._layerwise import is_layerwise
+from merganser.engine._licences import needs_decision
 from merganser.engine._locked import Locked, open_locked
 from merganser.engine._measure import Difference, TensorStatistics, compare, group_of, matching_tensors, statistics
 from merganser.engine._merge import DEFAULT_SHARD, Outcome, execute, in_memory, save, to_memory, usable_device
 from merganser.engine._names import describe_method
 from merganser.engine._onto import onto_recipe
+from merganser.engine._parents import read_card
 from merganser.engine._place import check_output
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._provenance import versions
@@ -51,8 +53,10 @@ __all__ = [
     "map_front",
     "matching_tensors",
     "merge",
+    "needs_decision",
     "onto_recipe",
     "open_locked",
+    "read_card",
     "relate",
     "resolve",
     "sample_matrices",

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
+from merganser.engine._licences import common_licence, licences
 from merganser.engine._names import HUB_ID, describe_method, public_name
+from merganser.engine._parents import read_card
 from merganser.engine._plan import Plan
 
 __all__ = ["model_card"]
+
+_WORD = re.compile(r"^[\w./-]{1,100}$")
 
 
 def model_card(plan: Plan) -> str:
@@ -20,11 +24,14 @@ def model_card(plan: Plan) -> str:
     method, _ = max(plan.groups(), key=lambda group: len(group[1]))
     references = [r for r in (plan.recipe.base, *plan.recipe.models()) if isinstance(r, str | Path)]
     names = list(dict.fromkeys(public_name(r) for r in references))
-    hub = [n for n in names if HUB_ID.match(n)]
+    hub = [n for n in dict.fromkeys(part for name in names for part in name.split("+")) if HUB_ID.match(n)]
+    found = licences(plan.checkpoints)
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if plan.donor.config is not None else "safetensors",
+        "library_name": _library(plan),
         "tags": ["merge", "merganser", method.name],
         "base_model_relation": "merge",
+        **common_licence(found),
+        **_shared(plan),
     }
     if hub:
         metadata["base_model"] = hub
@@ -48,7 +55,34 @@ def model_card(plan: Plan) -> str:
         f"Tensors: {plan.coverage()}. Details are in `merge.lock.json`.",
         "",
     ]
+    if any(found.values()):
+        rows = [f"| `{_plain(name)}` | {licence or 'not stated'} |" for name, licence in found.items()]
+        lines += ["| parent | licence |", "|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def _library(plan: Plan) -> str:
+    """What loads the folder."""
+    if plan.donor.config is None:
+        return "safetensors"
+    whole = plan.donor.folder is not None and (plan.donor.folder / "modules.json").is_file()
+    return "sentence-transformers" if whole else "transformers"
+
+
+def _shared(plan: Plan) -> dict[str, Any]:
+    """Languages and data sets of all parents, and what the one whose configuration is used is for."""
+    folders = dict.fromkeys(f for c in plan.checkpoints for f in (c.folder, *c.beside) if f is not None)
+    cards = [read_card(folder) for folder in folders]
+    found: dict[str, Any] = {}
+    for key in ("language", "datasets"):
+        values = [card[key] if isinstance(card.get(key), list) else [card.get(key)] for card in cards]
+        listed = list(dict.fromkeys(v for own in values for v in own if isinstance(v, str) and _WORD.match(v)))
+        if listed:
+            found[key] = listed
+    task = read_card(plan.donor.folder).get("pipeline_tag") if plan.donor.folder is not None else None
+    if isinstance(task, str) and _WORD.match(task):
+        found["pipeline_tag"] = task
+    return found
 
 
 def _plain(text: str) -> str:

@@ -31,12 +31,18 @@ class OpenModels:
         self._pool = FilePool()
         self._opened: list[tuple[Any, Checkpoint]] = []
 
-    def open(self, model: Any, label: str = "model") -> Checkpoint:
-        """The checkpoint of a model reference; `label` is what messages call it if it is in memory."""
+    def open(self, model: Any, label: str = "model", *, base: Checkpoint | None = None) -> Checkpoint:
+        """The checkpoint of a model reference.
+
+        Args:
+            model: the reference.
+            label: what messages call it if it is in memory.
+            base: what an adapter that is named alone is folded into.
+        """
         for known, checkpoint in self._opened:
             if same_model(known, model):
                 return checkpoint
-        checkpoint = open_checkpoint(model, label=label, pool=self._pool)
+        checkpoint = open_checkpoint(model, label=label, pool=self._pool, base=base)
         self._opened.append((model, checkpoint))
         return checkpoint
 

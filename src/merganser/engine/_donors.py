@@ -46,7 +46,8 @@ def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> 
             continue
         warnings.extend(_config_warnings(checkpoint, donor))
         known = dict(side_files(donor.folder, "tokenizer"))
-        for file, theirs in side_files(checkpoint.folder, "tokenizer"):
+        folders = (checkpoint.folder, *checkpoint.beside)
+        for file, theirs in (found for folder in folders for found in side_files(folder, "tokenizer")):
             ours = known.get(file)
             if ours is None or file in _INCIDENTAL:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 
 from merganser._torch import torch
 from merganser._version import __version__
-from merganser.checkpoint import Checkpoint, FileCheckpoint, Shard, stamp_of
+from merganser.checkpoint import Checkpoint, Shard, stamp_of
 from merganser.engine._names import describe_method
 from merganser.engine._plan import Plan
 from merganser.engine._tensor import Input, TensorPlan
@@ -38,7 +38,7 @@ def plan_key(plan: Plan, shards: Sequence[Shard], run: Mapping[str, Any]) -> str
         return None
     files: dict[str, tuple[int, ...]] = {}
     for checkpoint in plan.checkpoints:
-        if not isinstance(checkpoint, FileCheckpoint):
+        if not checkpoint.stamps():
             return None
         files |= {str(path.resolve()): stamp for path, stamp in checkpoint.stamps().items()}
     for source in statistics_of(plan):

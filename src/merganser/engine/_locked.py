@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.checkpoint import FileCheckpoint, describe_file, open_checkpoint
+from merganser.checkpoint import describe_file, open_checkpoint, parts_of_reference
 from merganser.engine._lock import LOCK_FILE, read_lock
-from merganser.engine._provenance import describe_data, digest_files, input_files, versions
+from merganser.engine._provenance import describe_data, digest_files, versions
 from merganser.errors import InputError, MerganserError, Place, escape
 from merganser.recipe import Recipe, recipe_from
 
@@ -115,8 +115,11 @@ class _Finder:
 
     def _candidates(self, entry: Mapping[str, Any]) -> list[str]:
         name = str(entry["name"])
-        found = [path for path in self._given if Path(path).resolve().name == name]
-        found += [str(path) for path in (Path(name), self._lock.absolute().parent.parent / name) if path.exists()]
+        found = [path for path in self._given if _title(path) == name]
+        for folder in (Path(), self._lock.absolute().parent.parent):
+            whole = (folder / name).exists()
+            paths = [folder / part for part in ([name] if whole else name.split("+"))]
+            found += ["+".join(map(str, paths))] if all(path.exists() for path in paths) else []
         return found + ([f"{entry['repo']}@{entry['commit']}"] if "repo" in entry else [])
 
     def _choose(self, entry: Mapping[str, Any], differs: Callable[[str], Place | None]) -> str:
@@ -153,11 +156,11 @@ class _Finder:
                 checkpoint = open_checkpoint(candidate)
             except MerganserError as error:
                 return Place(file=candidate, found=error.message)
-            if not isinstance(checkpoint, FileCheckpoint):
+            if not checkpoint.files():
                 return Place(file=candidate, found="has no files")
             recorded = entry["files"]
             whole = all("sha256" in known for known in recorded.values())
-            paths = {path.name: path for path in input_files(checkpoint)}
+            paths = {path.name: path for path in checkpoint.files()}
             if paths.keys() != recorded.keys():
                 return Place(file=candidate, found="has other weight files")
             digests = digest_files(paths.values(), 2, whole=whole)
@@ -205,3 +208,8 @@ class _Finder:
         if entry.keys() == {"name"}:
             raise InputError("E0424", "the data of a task were in memory", places=Place(file=str(self._lock)))
         return self._choose(entry, differs)
+
+
+def _title(reference: str) -> str:
+    """What the lock file calls a model: the last part of its path, and those of its adapters."""
+    return "+".join(Path(part).resolve().name for part in parts_of_reference(reference))

@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-from merganser.checkpoint import FileCheckpoint
 from merganser.engine._lock import LOCK_FILE, read_lock
 from merganser.engine._partial import Partial
 from merganser.engine._plan import Plan
@@ -34,16 +33,16 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = No
     place = Place(file=str(out))
     real = out.resolve()
     for checkpoint in plan.checkpoints:
-        if not isinstance(checkpoint, FileCheckpoint):
+        if not checkpoint.files():
             continue
-        source = Path(checkpoint.folder or checkpoint.label).resolve()
-        if real == source or real.is_relative_to(source) or source.is_relative_to(real):
-            raise EnvironmentFault(
-                "E0702",
-                f"the output is or contains an input, or lies inside one: {checkpoint.label}",
-                places=place,
-                fix="choose another output path",
-            )
+        for source in map(Path.resolve, (Path(checkpoint.folder or checkpoint.label), *checkpoint.beside)):
+            if real == source or real.is_relative_to(source) or source.is_relative_to(real):
+                raise EnvironmentFault(
+                    "E0702",
+                    f"the output is or contains an input, or lies inside one: {checkpoint.label}",
+                    places=place,
+                    fix="choose another output path",
+                )
     check_free(out, overwrite=overwrite)
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -15,6 +15,7 @@ from merganser.engine._demands import OpenModels
 from merganser.engine._donors import check_donors, side_file_warnings
 from merganser.engine._executor import available_cores
 from merganser.engine._layerwise import check_folders, explained, left_of, loaded_bytes
+from merganser.engine._licences import licence_warnings
 from merganser.engine._profile import predict_seconds
 from merganser.engine._rules import TensorRules
 from merganser.engine._tensor import Input, TensorPlan
@@ -146,7 +147,7 @@ class _Planner:
         method = find_method(recipe.method) if isinstance(recipe.method, str) else type(recipe.method)
         dtype = parse_dtype(recipe.dtype, recipe.place("dtype"))
         base = None if recipe.base is None else opened.open(recipe.base, "base")
-        models = [opened.open(m, f"models[{i}]") for i, m in enumerate(recipe.models())]
+        models = [opened.open(m, f"models[{i}]", base=base) for i, m in enumerate(recipe.models())]
         reference = base or models[0]
         donor = reference if recipe.files_from is None else opened.open(recipe.files_from, "files_from")
         tokenizer = donor if recipe.tokenizer_from is None else opened.open(recipe.tokenizer_from, "tokenizer_source")
@@ -172,6 +173,7 @@ class _Planner:
         donors = [c for c in (donor, rules.head_donor) if c is not None and c not in participants]
         warnings += check_donors(donors, reference, {tensor.spec.name: tensor.spec for tensor in tensors})
         warnings += [*rules.warnings, *rules.demands.warnings, *side_file_warnings(opened.everyone(), donor)]
+        warnings += licence_warnings(opened.everyone())
         check_folders(recipe, tensors)
         loaded = loaded_bytes(recipe, tensors)
         budget = enough(tensors, self.threads) + loaded if self.max_memory is None else self.max_memory

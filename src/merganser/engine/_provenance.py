@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.checkpoint import Checkpoint, FileCheckpoint, describe_file
+from merganser.checkpoint import Checkpoint, describe_file
 from merganser.engine._executor import LocalThreads
 from merganser.engine._key import data_files, data_of, statistics_of
 from merganser.engine._lock import canonical_sha256
@@ -20,7 +20,7 @@ from merganser.engine._names import describe_method, public_name, without_paths
 from merganser.engine._plan import Plan
 from merganser.recipe import recipe_data
 
-__all__ = ["describe_data", "digest_files", "input_files", "lock_data", "versions"]
+__all__ = ["describe_data", "digest_files", "lock_data", "versions"]
 
 
 def lock_data(plan: Plan, warnings: Iterable[str], seconds: float, *, whole_inputs: bool = False) -> dict[str, Any]:
@@ -138,14 +138,9 @@ def _public_reason(plan: Plan, reason: str) -> str:
 
 def _inputs(plan: Plan, whole: bool) -> list[dict[str, Any]]:
     """The parents: their names, a digest of the names, shapes and types of their tensors, and their files."""
-    paths = [path for checkpoint in plan.checkpoints for path in input_files(checkpoint)]
+    paths = [path for checkpoint in plan.checkpoints for path in checkpoint.files()]
     found = digest_files(paths, plan.threads, whole=whole)
     return [_input(checkpoint, found) for checkpoint in plan.checkpoints]
-
-
-def input_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold a model's weights, in order of their names."""
-    return list(checkpoint.files()) if isinstance(checkpoint, FileCheckpoint) else []
 
 
 def digest_files(paths: Iterable[Path], threads: int, *, whole: bool) -> dict[Path, dict[str, Any]]:
@@ -159,12 +154,12 @@ def _input(checkpoint: Checkpoint, digests: Mapping[Path, dict[str, Any]]) -> di
     specs = checkpoint.specs()
     layout = json.dumps([[name, list(spec.shape), str(spec.dtype)] for name, spec in sorted(specs.items())])
     return {
-        "name": Path(checkpoint.folder or checkpoint.label).name,
+        "name": checkpoint.title,
         **_hub(checkpoint.folder),
         "tensors": len(specs),
         "bytes": sum(spec.nbytes for spec in specs.values()),
         "layout_sha256": hashlib.sha256(layout.encode()).hexdigest(),
-        "files": {path.name: digests[path] for path in input_files(checkpoint)},
+        "files": {path.name: digests[path] for path in checkpoint.files()},
     }
 
 

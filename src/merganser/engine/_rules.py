@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from merganser import kernels
@@ -174,7 +175,7 @@ class TensorRules:
             self.omitted.append((name, reason))
             return
         spec = source.specs()[name]
-        dtype = self._dtype if self._dtype is not None and spec.is_float else spec.dtype
+        dtype = self._dtype if self._dtype is not None and spec.is_float else source.written(name)
         made = BlockSpec(output or name, spec.shape, dtype, spec.role)
         yield TensorPlan(made, (Input(source, name),), None, None, (), spec.dtype, reason)
 
@@ -218,9 +219,7 @@ class TensorRules:
         native = [source.spec.dtype for source in read]
         output = self._dtype
         if output is None:
-            output = native[0]
-            for dtype in native[1:]:
-                output = torch.promote_types(output, dtype)
+            output = functools.reduce(torch.promote_types, (source.written for source in read))
         spec = inputs[0].spec
         return TensorPlan(
             BlockSpec(name, spec.shape, output, spec.role),

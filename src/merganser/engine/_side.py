@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoint import Checkpoint, open_regular, output_config, side_files, write_error
+from merganser.checkpoint import open_regular, output_config, side_files, write_error
+from merganser.engine._names import numbered
 from merganser.engine._plan import Plan
 
 __all__ = ["SideWriter", "as_json", "carried", "config_of", "described", "parts_of"]
@@ -90,11 +91,11 @@ def carried(plan: Plan) -> Iterator[tuple[str, Path]]:
         yield from side_files(plan.donor.folder, "licence")
     if plan.tokenizer.folder is not None:
         yield from side_files(plan.tokenizer.folder, "tokenizer")
-    names = _distinct_names(plan.checkpoints)
-    for checkpoint in plan.checkpoints:
-        if checkpoint.folder is not None and checkpoint is not plan.donor:
-            for relative, path in side_files(checkpoint.folder, "licence"):
-                yield f"licenses/{names[id(checkpoint)]}/{relative}", path
+    folders = dict.fromkeys(folder for c in plan.checkpoints for folder in (c.folder, *c.beside) if folder is not None)
+    for folder, name in zip(folders, numbered([folder.resolve().name or "model" for folder in folders]), strict=True):
+        if folder != plan.donor.folder:
+            for relative, path in side_files(folder, "licence"):
+                yield f"licenses/{name}/{relative}", path
 
 
 def parts_of(plan: Plan) -> tuple[str, ...]:
@@ -104,22 +105,5 @@ def parts_of(plan: Plan) -> tuple[str, ...]:
     if not plan.one_per_model:
         return tuple(f"{key}/" for key in plan.outputs)
     inputs = next(tensor.inputs for tensor in plan.tensors if tensor.method is not None)
-    folders = [source.checkpoint.folder for source in inputs]
-    return tuple(f"{name}/" for name in _numbered([f.resolve().name if f else "model" for f in folders]))
-
-
-def _distinct_names(checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
-    """A folder name for every parent, numbered where two have the same."""
-    known = [(id(c), c.folder.resolve().name or "model") for c in checkpoints if c.folder is not None]
-    return dict(zip((key for key, _ in known), _numbered([stem for _, stem in known]), strict=True))
-
-
-def _numbered(stems: Sequence[str]) -> list[str]:
-    """The names, with numbers behind those that come again."""
-    names: list[str] = []
-    for stem in stems:
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
+    checkpoints = [source.checkpoint for source in inputs]
+    return tuple(f"{name}/" for name in numbered([c.title if c.folder else "model" for c in checkpoints]))

@@ -29,6 +29,11 @@ class Input:
         return self.checkpoint.specs()[self.name]
 
     @property
+    def written(self) -> torch.dtype:
+        """Its type in the model that it is from."""
+        return self.checkpoint.written(self.name)
+
+    @property
     def place(self) -> Place:
         """Where it is, for messages."""
         return Place(file=self.checkpoint.place_of(self.name), tensor=self.name)

@@ -141,7 +141,7 @@ def open_subject(model: Any, base: Path | None, device: str | torch.device | Non
     folder = checkpoint.folder if checkpoint.config is not None else base
     home = None if folder is None else open_model(os.fspath(folder))
     is_path = isinstance(model, str | os.PathLike)
-    label = Path(checkpoint.label).name if is_path else checkpoint.label
+    label = checkpoint.title if is_path else checkpoint.label
     tensors = dict(model) if isinstance(model, Mapping) else read_tensors(model)
     if is_path:
         checkpoint.close()

@@ -7,7 +7,7 @@ from merganser.recipe._load import load_recipe
 from merganser.recipe._mergekit import Imported, import_mergekit, load_mergekit
 from merganser.recipe._recipe import Recipe, Rule, Slice, Source, filters_of, same_model, simple_recipe
 from merganser.recipe._settings import Parameters, Setting, constant
-from merganser.recipe._yaml import Document, parse_scalar
+from merganser.recipe._yaml import Document, parse_scalar, parse_yaml
 
 __all__ = [
     "Document",
@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "parse_dtype",
     "parse_scalar",
+    "parse_yaml",
     "place_in",
     "read_document",
     "recipe_data",

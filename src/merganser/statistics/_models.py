@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._torch import torch
-from merganser.checkpoint import open_checkpoint, read_json
+from merganser.checkpoint import Checkpoint, open_checkpoint, read_json
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError
 from merganser.statistics._records import Labels
 
@@ -40,6 +40,7 @@ class ModelFolder:
         loader: the class of transformers that loads it.
         task: classification, causal_lm, seq2seq, or None if there is no loss.
         labels: of a classifier.
+        adapted: the model with its adapters; None where the folder's own weights count.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class ModelFolder:
     loader: str
     task: str | None
     labels: Labels | None
+    adapted: Checkpoint | None = None
 
     @property
     def positions(self) -> int:
@@ -91,7 +93,8 @@ def open_model(path: str) -> ModelFolder:
             fix="load it yourself in Python and pass the module",
         )
     loader, task = form
-    return ModelFolder(folder, config, loader, task, _labels(config) if task == "classification" else None)
+    labels = _labels(config) if task == "classification" else None
+    return ModelFolder(folder, config, loader, task, labels, checkpoint if checkpoint.beside else None)
 
 
 def _labels(config: Mapping[str, Any]) -> Labels:
@@ -142,6 +145,9 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple
     Raises:
         InputError: E0409, transformers cannot make the model of its configuration, or the weights are of another.
     """
+    if folder.adapted is not None:
+        model, missing = build_model(folder, {name: folder.adapted.read(name) for name in folder.adapted.specs()})
+        return model.to(device=device, dtype=dtype), missing
     package = transformers()
     try:
         with _silent(package):
@@ -160,8 +166,7 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple
             why=(str(error).strip().splitlines() or [type(error).__name__])[0],
             fix="download the model again, or load it yourself in Python and pass the module",
         ) from None
-    missing = frozenset(str(name) for name in info["missing_keys"])
-    return model.to(device=device, dtype=dtype), missing
+    return model.to(device=device, dtype=dtype), frozenset(str(name) for name in info["missing_keys"])
 
 
 def build_model(
