@@ -32,6 +32,8 @@ __all__ = [
 CATALOGUE: dict[str, str] = {
     "E0201": "The command line is incomplete or contradicts itself.",
     "E0202": "There is no method, command or error code of that name.",
+    "E0203": "A model is to be published whose card states no licence, a special one, or one that forbids commercial "
+    "use. Who publishes it has to say that this was considered.",
     "E0301": "The recipe file cannot be read as YAML: wrong syntax, wrong encoding, or beyond the limits on size, "
     "depth and aliases.",
     "E0302": "The recipe has a key that does not exist. Unknown keys are refused, because a misspelt key that is "
@@ -94,6 +96,7 @@ CATALOGUE: dict[str, str] = {
     "E0705": "The model is not on this machine, and is not downloaded implicitly.",
     "E0706": "The device does not exist, or torch was built without it.",
     "E0707": "The command that evaluates candidates failed, or printed no number.",
+    "E0708": "The model hub cannot be reached, or did not take what was pushed.",
     "E0801": "The disk has too little free space for the output.",
     "E0802": "The merge does not fit the memory budget.",
     "E0803": "The disk filled up, or another resource ran out, while writing.",

@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         inspect,
         merge,
         methods,
+        push,
         report,
         schema,
         stats,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Verified:
     nbytes: int
 
 
-def verify(folder: str | os.PathLike[str], *, threads: int | None = None) -> Verified:
+def verify(folder: str | os.PathLike[str], *, threads: int | None = None, edited: Collection[str] = ()) -> Verified:
     """Compare every byte of an output with its lock file, which holds a digest of itself.
 
     This finds damage and changes by accident. It is no signature: who can write the folder can also write a lock file
@@ -42,6 +42,7 @@ def verify(folder: str | os.PathLike[str], *, threads: int | None = None) -> Ver
     Args:
         folder: the output of a merge.
         threads: how many tensors are digested at a time; None means all cores.
+        edited: names of files that may have been changed, though not removed.
 
     Raises:
         InputError: E0423, with every file and tensor that is missing, changed or was added, up to 50 of them.
@@ -65,7 +66,8 @@ def verify(folder: str | os.PathLike[str], *, threads: int | None = None) -> Ver
         Place(file=str(root / name), found="is not in the lock file") for name in sorted(present - recorded.keys())
     ]
     faults += [Place(file=str(root / name), found="is missing") for name in sorted(recorded.keys() - present)]
-    checks = [check for name in sorted(present & recorded.keys()) for check in _checks(root / name, recorded[name])]
+    compared = (name for name in sorted(present & recorded.keys()) if name not in edited)
+    checks = [check for name in compared for check in _checks(root / name, recorded[name])]
     faults += [place for place in LocalThreads(threads or available_cores()).map(_run, checks) if place is not None]
     if faults:
         raise InputError(
