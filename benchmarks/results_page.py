@@ -69,8 +69,9 @@ def page(name: str, found: Mapping[str, Any], drawn: Sequence[tuple[str, str, st
     labels = {row["id"]: labels_of(found["rows"], row["id"]) for row in found["summary"]}
     yield f"## {name}"
     yield ""
-    columns = ("row", "uses", "held in", "95 %", "over seeds", "% of experts", "held out", "statistics s", "merge s")
-    yield f"| {' | '.join((*columns, 'tuning s', 'labels', 'seeds'))} |"
+    columns = ("row", "uses", "held in", "95 %", "over seeds", "% of experts", "held out")
+    costs = ("statistics CPU s", "merge CPU s", "tuning CPU s")
+    yield f"| {' | '.join((*columns, *costs, 'labels', 'seeds'))} |"
     yield "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for row in sorted(found["summary"], key=lambda row: -row["held_in"]["mean"]):
         held, share, out = row["held_in"], row["held_in_normalised"], row["held_out"]
@@ -82,7 +83,7 @@ def page(name: str, found: Mapping[str, Any], drawn: Sequence[tuple[str, str, st
             shown(held["spread"], scale),
             shown(None if share is None else share["mean"], 100),
             shown(None if out is None else out["mean"], scale),
-            *(shown(row["seconds"][part] or None) for part in ("statistics", "merge", "tuning")),
+            *(shown(row["cpu_seconds"][part] or None) for part in ("statistics", "merge", "tuning")),
             str(labels[row["id"]] or ""),
             str(row["seeds"]),
         ]

@@ -75,6 +75,9 @@ def test_a_suite_runs_from_data_to_a_document(finished: tuple[Path, dict[str, An
     assert next(t for t in tuned["search"]["trials"] if t["params"] == tuned["options"])["value"] == best
     mats = rows["mats", 0, None]
     assert mats["data"] == "unlabelled"
+    spent = [rows["mats", seed, None]["cost"]["merge"]["cpu_seconds"] for seed in (0, 1)]
+    summary = next(row for row in found["summary"] if row["id"] == "mats")
+    assert summary["cpu_seconds"]["merge"] == pytest.approx(sum(spent) / 2)
     assert mats["cost"]["statistics"]["seconds"] > 0 < mats["cost"]["statistics"]["bytes"]
     assert mats["cost"]["merge"]["flops"] > rows["average", 0, None]["cost"]["merge"]["flops"] > 0
     assert rows["average", 0, None]["cost"]["statistics"]["seconds"] == 0

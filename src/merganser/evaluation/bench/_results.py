@@ -115,15 +115,19 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = rows[0]
     others = {group: [row[group] for row in rows if row[group] is not None] for group in _OTHERS}
     ratios = [row["held_in"]["normalised"] for row in rows if row["held_in"]["normalised"] is not None]
-    seconds = {part: statistics.fmean(row["cost"][part]["seconds"] for row in rows) for part in first["cost"]}
     return {
         **{key: first[key] for key in ("id", "label", "kind", "method", "tuned", "data")},
         "seeds": len(rows),
         "held_in": _over_seeds([row["held_in"] for row in rows]),
         "held_in_normalised": {"mean": statistics.fmean(ratios), "spread": _spread(ratios)} if ratios else None,
         **{group: _over_seeds(means) if means else None for group, means in others.items()},
-        "seconds": seconds,
+        "seconds": _mean_costs(rows, "seconds"),
+        "cpu_seconds": _mean_costs(rows, "cpu_seconds"),
     }
+
+
+def _mean_costs(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    return {part: statistics.fmean(row["cost"][part][kind] for row in rows) for part in rows[0]["cost"]}
 
 
 def _over_seeds(means: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
