@@ -65,6 +65,7 @@ def test_merging_adapters_is_merging_the_models_with_them(names: tuple[str, str]
     }
     assert str(folder) not in json.dumps(lock)
     cli("verify", "merged").succeeded()
+    assert "pictures: 6" in cli("report", "merged", "-o", "report.html").succeeded().out
     cli("merge", "--locked", "merged", "-o", "again").succeeded()
     assert (folder / "again" / "model.safetensors").read_bytes() == (
         folder / "merged" / "model.safetensors"

@@ -50,9 +50,9 @@ def find_family(folder: Path, lock: Record, base: str | None, models: Sequence[s
         reason = f"the base `{missing}` was not found" if missing else "the merge had no base"
         return None, f"{reason}; give it with --base"
     if models:
-        found: list[Checkpoint | None] = [open_checkpoint(model) for model in models]
+        found: list[Checkpoint | None] = [open_checkpoint(model, base=found_base) for model in models]
     else:
-        found = [_search(name, folder, layouts) for name in names]
+        found = [_search(name, folder, layouts, found_base) for name in names]
     lost = [name for name, checkpoint in zip(names, found, strict=False) if checkpoint is None]
     if lost or not found:
         return None, f"the models {', '.join(lost) or 'of the merge'} were not found; give all with --model"
@@ -66,17 +66,18 @@ def find_family(folder: Path, lock: Record, base: str | None, models: Sequence[s
     return Family(found_base, tuple(item for item in found if item is not None), opened), ""
 
 
-def _search(name: str, folder: Path, layouts: dict[str, str]) -> Checkpoint | None:
+def _search(name: str, folder: Path, layouts: dict[str, str], base: Checkpoint | None = None) -> Checkpoint | None:
     """A model of that name beside the merge, or in the current folder, whose layout is that of the lock file."""
     if not name or name == "state dict":
         return None
-    last = Path(name).name
-    for place in (folder.absolute().parent / last, Path.cwd() / last, name):
+    parts = [Path(part).name for part in name.split("+")]
+    beside = ("+".join(str(place / part) for part in parts) for place in (folder.absolute().parent, Path.cwd()))
+    for place in (folder.absolute().parent / Path(name).name, *beside, name):
         try:
-            checkpoint = open_checkpoint(place)
+            checkpoint = open_checkpoint(place, base=base)
         except MerganserError:
             continue
-        if layouts.get(last, _layout(checkpoint)) == _layout(checkpoint):
+        if layouts.get(checkpoint.title, _layout(checkpoint)) == _layout(checkpoint):
             return checkpoint
         checkpoint.close()
     return None
