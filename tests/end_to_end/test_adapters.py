@@ -60,8 +60,8 @@ def test_merging_adapters_is_merging_the_models_with_them(names: tuple[str, str]
     assert [entry["name"] for entry in lock["inputs"]] == ["base", "base+a", "base+b"]
     assert lock["inputs"][1]["files"].keys() == {
         "model.safetensors",
-        "adapter_config.json",
-        "adapter_model.safetensors",
+        "1/adapter_config.json",
+        "1/adapter_model.safetensors",
     }
     assert str(folder) not in json.dumps(lock)
     cli("verify", "merged").succeeded()
@@ -104,6 +104,21 @@ def test_other_commands_take_adapters(folder: Path, cli: Cli) -> None:
         found = cli("diff", name, "whole-a", "--base", "base", "--json").succeeded().json
         assert found["total"]["cosine"] > 1 - 1e-6
     assert cli("advise", "a", "b", "--base", "base").succeeded().out
+
+
+def test_layer_by_layer_an_adapter_alone_is_folded_into_the_base_of_the_merge(folder: Path, cli: Cli) -> None:
+    write_decoder(folder / "another", seed=5)
+    for name in "ab":
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        write_files(folder / name, {"adapter_config.json": {**config, "base_model_name_or_path": "another"}})
+    data = [w for s in range(2) for w in ("-d", write_lines(folder / f"{s}.jsonl", texts(s)))]
+    cli("merge", "-m", "output_matching", "--base", "base", "a", "b", *data, "-o", "one").succeeded()
+    cli("merge", "-m", "output_matching", "--base", "base", "base+a", "base+b", *data, "-o", "two").succeeded()
+    close(folder / "one", folder / "two")
+
+
+def texts(seed: int) -> list[dict[str, str]]:
+    return [{"text": text} for text in sentences(6, seed)]
 
 
 def test_statistics_and_scores_are_those_of_the_model_with_the_adapter(folder: Path, cli: Cli) -> None:

@@ -174,7 +174,14 @@ def test_the_card_may_be_edited(merged: Path, hub: Hub) -> None:
 
 @pytest.mark.parametrize(
     ("head", "word"),
-    [("", "no licence"), ("license: other\nlicense_name: llama", "llama"), ("license: cc-by-nc-4.0", "commercial")],
+    [
+        ("", "no licence"),
+        ("license: other\nlicense_name: llama", "llama"),
+        ("license: cc-by-nc-4.0", "commercial"),
+        ("license: [CC-BY-NC-SA-4.0]", "commercial"),
+        ("license: [mit, cc-by-nc-4.0]", "special"),
+        ("license: fair-noncommercial-research-license", "commercial"),
+    ],
 )
 def test_a_licence_that_needs_a_decision(head: str, word: str, merged: Path, hub: Hub) -> None:
     (merged / "README.md").write_text(f"---\n{head}\n---\n# merged\n")
@@ -186,7 +193,11 @@ def test_a_licence_that_needs_a_decision(head: str, word: str, merged: Path, hub
 
 def test_a_repository_with_a_model_is_replaced_only_if_that_is_said(merged: Path, hub: Hub) -> None:
     push(hub, merged, "me/model").succeeded()
-    hub.files["me/model"] |= {"model-00001-of-00002.safetensors": b"old", "notes.md": b"kept"}
+    old = ("model-00001-of-00002.safetensors", "adapter_config.json", "pytorch_model.bin", "x/model.bin.index.json")
+    for name in old:
+        hub.files["me/other"] = {name: b"old"}
+        push(hub, merged, "me/other").failed("E0701", "--overwrite")
+    hub.files["me/model"] |= {**dict.fromkeys(old, b"old"), "notes.md": b"kept"}
     push(hub, merged, "me/model").failed("E0701", "--overwrite")
     push(hub, merged, "me/model", "--overwrite").succeeded()
     assert hub.files["me/model"] == {**on_disk(merged), "notes.md": b"kept"}
@@ -201,7 +212,9 @@ def test_a_hub_that_refuses(status: int, word: str, merged: Path, hub: Hub) -> N
 def test_no_network(merged: Path, hub: Hub) -> None:
     push(hub, merged, "me/model", HF_HUB_OFFLINE="1").failed("E0708")
     assert hub.asked == []
-    push(hub, merged, "not a name").failed("E0708")
+    for name in ("not a name", "model", "a/b/c"):
+        push(hub, merged, name).failed("E0201", "ORG/NAME")
+    push(hub, merged, "me/model", HF_ENDPOINT="http://127.0.0.1:9").failed("E0708", "network")
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -230,6 +243,23 @@ def test_licences_that_differ(tmp_path: Path, cli: Cli) -> None:
     assert (found["license"], found["license_name"]) == ("other", "those-of-the-parents")
     assert all(row in text for row in ("| `m0` | mit |", "| `m1` | llama3 |", "| `m2` | not stated |"))
     assert "different licences" in said
+
+
+def test_a_special_licence_that_all_parents_have_stays_special(tmp_path: Path, cli: Cli) -> None:
+    special = {"license": "other", "license_name": "llama3", "license_link": "https://example.org/LICENSE"}
+    found, text, said = card_of(tmp_path, cli, special, special)
+    assert special.items() <= found.items()
+    assert "| `m1` | llama3 |" in text
+    assert "licences" not in said
+
+
+def test_a_parent_without_a_folder_states_no_licence(tmp_path: Path, cli: Cli) -> None:
+    for seed, name in enumerate("ab"):
+        write_model(tmp_path / name, seed=seed, files={"README.md": "---\nlicense: mit\n---\n"})
+    file = tmp_path / "b" / "model.safetensors"
+    cli("merge", "-m", "average", tmp_path / "a", file, "-o", tmp_path / "out").succeeded()
+    assert read_card(tmp_path / "out")["license"] == "other"
+    assert "| `model.safetensors` | not stated |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_languages_data_sets_and_task(tmp_path: Path, cli: Cli) -> None:

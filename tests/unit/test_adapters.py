@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import merganser as mg
 from merganser.checkpoint import Checkpoint, open_checkpoint, parts_of_reference
 from merganser.errors import MerganserError
-from tests.helpers import llama_config, llama_state, write_model
+from tests.conftest import Cli
+from tests.helpers import llama_config, llama_state, write_files, write_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -131,13 +131,13 @@ def write_base(folder: Path, build: Build) -> Any:
 
 
 @pytest.fixture
-def lora(tmp_path: Path) -> Iterator[Path]:
+def lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with ``base``, a bf16 Llama, and the adapters ``a`` and ``b``."""
     write_model(tmp_path / "base", llama_state(dtype=torch.bfloat16), llama_config(dtype="bfloat16"))
     for seed, name in enumerate("ab"):
         write_factors(tmp_path / name, seed)
-    with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        yield tmp_path
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def write_factors(folder: Path, seed: int = 0, *, rank: int = 2, **changes: Any) -> None:
@@ -316,6 +316,11 @@ QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
         (lambda f: change_config(f, rank_pattern={"(.*a){20}": 2}), "E0409", "rank_pattern"),
         (lambda f: change_config(f, rank_pattern={"(q_proj": 2}), "E0409", "rank_pattern"),
         (lambda f: change_config(f, rank_pattern=[2]), "E0409", "rank_pattern"),
+        (lambda f: change_config(f, rank_pattern={"(.|.)" * 40 + "\\b\\B": 2}), "E0409", "rank_pattern"),
+        (lambda f: change_config(f, rank_pattern={"(" * 5000 + ")" * 5000: 2}), "E0409", "rank_pattern"),
+        (lambda f: change_config(f, lora_alpha=10**400), "E0409", "alpha"),
+        (lambda f: change_config(f, peft_type="IA3"), "E0409", "IA3"),
+        (lambda f: (f / CONFIG).rename(f.parent / "y") and (f / CONFIG).symlink_to(f.parent / "y"), "E0501", CONFIG),
         (lambda f: change_config(f, r=3), "E0407", "rank"),
         (lambda f: change_config(f, use_dora=True), "E0405", "magnitude"),
         (lambda f: (f / WEIGHTS).unlink(), "E0401", WEIGHTS),
@@ -355,14 +360,27 @@ QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
             lambda f: change_factors(
                 f, lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.ia3_l": torch.ones(3, 1)})
             ),
-            "E0407",
-            "up_proj",
+            "E0409",
+            "LORA",
         ),
     ],
 )
 def test_damaged_adapters_are_refused(change: Callable[[Path], Any], code: str, word: str, lora: Path) -> None:
     change(lora / "a")
     refused(f"{lora / 'base'}+{lora / 'a'}", code, word)
+
+
+@pytest.mark.parametrize("vector", [torch.ones(()), torch.ones(3, 1), torch.ones(8), torch.ones(2, 2)])
+def test_vectors_that_do_not_fit(vector: torch.Tensor, lora: Path) -> None:
+    (lora / "c").mkdir()
+    save_file({"base_model.model.model.layers.0.mlp.up_proj.ia3_l": vector}, lora / "c" / WEIGHTS)
+    (lora / "c" / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
+    refused(f"{lora / 'base'}+{lora / 'c'}", "E0407", "up_proj")
+
+
+def test_many_unknown_tensors_are_found_wanting_in_no_time(lora: Path) -> None:
+    change_factors(lora / "a", lambda t: t.update({f"base_model.model.x{i}.y": torch.ones(1) for i in range(20_000)}))
+    assert "20000 tensors" in open_checkpoint(f"{lora / 'base'}+{lora / 'a'}").warnings[0]
 
 
 def test_factors_that_are_not_finite(lora: Path) -> None:
@@ -384,3 +402,137 @@ def test_an_adapter_that_changes_while_it_is_read(lora: Path) -> None:
     change_factors(lora / "a", lambda t: t[f"{QUERY}B.weight"].zero_())
     with pytest.raises(MerganserError, match="E0412"):
         checkpoint.check_unchanged()
+
+
+# --- what PEFT writes in other ways ---------------------------------------------------------------------------------
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(torch.arange(6)[None]).logits
+    return found
+
+
+def tied_llama() -> Any:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=20,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_new_values_for_half_of_tied_weights_are_refused(whole: list[str], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", tied_llama), config)
+    refused(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", "E0409", "one tensor")
+
+
+def test_factors_of_tied_embeddings_change_both(tmp_path: Path) -> None:
+    model = write_base(tmp_path / "base", tied_llama)
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    expected = write_adapter(tmp_path / "adapter", model, config)
+    mg.merge([f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"], method="passthrough", out=tmp_path / "out")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(found), logits_of(expected), rtol=1e-4, atol=1e-5)
+    checkpoint = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    assert "both are changed" in " ".join(checkpoint.warnings)
+
+
+def test_biases_beside_whole_modules(tmp_path: Path) -> None:
+    """The adapter's file has the old bias of such a module, too."""
+    model = write_base(tmp_path / "base", bert)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all")
+    expected = write_adapter(tmp_path / "adapter", model, config).state_dict()
+    checkpoint = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    assert not torch.equal(expected["classifier.bias"], model.state_dict()["classifier.bias"])
+    for name in checkpoint.specs():
+        torch.testing.assert_close(checkpoint.read(name), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_square_layers_are_folded_as_their_kind_keeps_them(said: bool, tmp_path: Path) -> None:
+    """The configuration has one flag for all layers, whatever they are."""
+    config = peft.LoraConfig(r=2, target_modules=r".*attn\.c_proj", fan_in_fan_out=True)
+    expected = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", gpt2), config).state_dict()
+    change_config(tmp_path / "adapter", fan_in_fan_out=said)
+    checkpoint = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    for name in checkpoint.specs():
+        full = name if name in expected else f"transformer.{name}"
+        torch.testing.assert_close(checkpoint.read(name), expected[full], rtol=1e-5, atol=1e-6)
+
+
+def test_a_resized_vocabulary_is_refused(lora: Path) -> None:
+    bigger = {"base_model.model.model.embed_tokens.weight": torch.ones(14, 8)}
+    change_factors(lora / "a", lambda t: t.update(bigger))
+    refused(f"{lora / 'base'}+{lora / 'a'}", "E0407", "[14, 8]")
+
+
+def test_a_whole_tensor_has_the_type_of_the_model(lora: Path) -> None:
+    change_factors(lora / "a", lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(12, 8)}))
+    merged = mg.merge([f"{lora / 'base'}+{lora / 'a'}"], method="passthrough")
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+    assert torch.equal(merged["lm_head.weight"].float(), torch.ones(12, 8))
+
+
+def test_experts_with_an_adapter(tmp_path: Path) -> None:
+    """The mean of experts of which one is changed."""
+    state = {f"mlp.experts.{index}.up.weight": torch.full((8, 4), float(index)).bfloat16() for index in range(2)}
+    write_model(tmp_path / "base", state, llama_config())
+    (tmp_path / "a").mkdir()
+    stem = "base_model.model.mlp.experts.1.up.lora_"
+    save_file({f"{stem}A.weight": torch.ones(1, 4), f"{stem}B.weight": torch.ones(8, 1)}, tmp_path / "a" / WEIGHTS)
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    dense = mg.average_experts(f"{tmp_path / 'base'}+{tmp_path / 'a'}")
+    merged = mg.merge([dense], method="passthrough")
+    assert torch.equal(merged["mlp.up.weight"], torch.full((8, 4), 1.0).bfloat16())
+
+
+def test_an_adapter_of_the_hub_on_its_base(lora: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    """Names are those of the repositories, the revision counts, and a lock file finds all parts."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(lora / "cache"))
+    for name, folder, commit in (("base", "base", "1" * 40), ("ad", "a", "2" * 40)):
+        root = lora / "cache" / f"models--org--{name}"
+        (root / "snapshots").mkdir(parents=True)
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+        (lora / folder).rename(root / "snapshots" / commit)
+    adapter = lora / "cache" / "models--org--ad" / "snapshots" / ("2" * 40)
+    change_config(adapter, base_model_name_or_path="org/base", revision=None)
+    assert open_checkpoint("org/ad").warnings == ()
+    cli("merge", "-m", "passthrough", "org/base+org/ad", "-o", "out").succeeded()
+    cli("merge", "--locked", "out", "-o", "again").succeeded()
+    assert same_bytes(lora / "out", lora / "again")
+    assert "base_model:\n- org/base\n- org/ad" in (lora / "out" / "README.md").read_text()
+    change_config(adapter, revision="3" * 40)
+    refused("org/ad", "E0401", "3" * 40)
+
+
+def test_lock_files_of_several_adapters(lora: Path, cli: Cli) -> None:
+    (lora / "c").mkdir()
+    (lora / "b").rename(lora / "c" / "b")
+    cli("merge", "-m", "passthrough", "base+a+c/b", "-o", "out").succeeded()
+    cli("merge", "--locked", "out", "base", "a", "c/b", "-o", "again").succeeded()
+    assert same_bytes(lora / "out", lora / "again")
+    change_factors(lora / "a", lambda t: t[f"{QUERY}B.weight"].zero_())
+    cli("merge", "--locked", "out", "base", "a", "c/b", "-o", "more").failed("E0424", WEIGHTS)
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    name = "model.safetensors"
+    return (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_tokenizer_of_an_adapter(lora: Path, cli: Cli) -> None:
+    write_files(lora / "base", {"tokenizer.json": "{}", "chat_template.jinja": "of the base"})
+    write_files(lora / "a", {"tokenizer.json": '{"a": 1}', "chat_template.jinja": "of the adapter"})
+    said = cli("merge", "-m", "passthrough", "base+a", "-o", "out").succeeded().err
+    assert (lora / "out" / "chat_template.jinja").read_text() == "of the adapter"
+    assert "tokenizer.json of base differs" in said.replace("\n", " ")
+    cli("merge", "-m", "task_arithmetic", "--base", "base", "a", "-o", "more").succeeded()
+    assert (lora / "more" / "chat_template.jinja").read_text() == "of the base"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoint import is_adapter
+
 __all__ = ["CLAIMS", "Claim", "Situation", "Suggestion", "suggest"]
 
 _ENCODER, _EIGHT = "README.md", "docs/results.md"
@@ -216,6 +218,10 @@ class _Commands:
             words += ["--statistics", file]
         return shlex.join([*words, *more, *self._tail, "-o", "merged"])
 
+    def _runnable(self, model: str) -> str:
+        """A model as it is named alone: an adapter behind its base."""
+        return f"{self._base}+{model}" if Path(model).is_dir() and is_adapter(Path(model)) else model
+
     def _collected(self, estimator: str) -> tuple[list[str], list[str]]:
         """The statistics files of the models, and the commands that make them."""
         stems: list[str] = []
@@ -223,10 +229,9 @@ class _Commands:
             stem = Path(model).resolve().name or "model"
             stems.append(stem if stem not in stems else f"{stem}-{len(stems) + 1}")
         files = [f"{stem}.stats.safetensors" for stem in stems]
+        options = ["-k", "kfac", "-e", estimator, "-o"]
         collected = [
-            shlex.join(
-                ["merganser", "collect", model, "--data", f"{stem}.jsonl", "-k", "kfac", "-e", estimator, "-o", file]
-            )
+            shlex.join(["merganser", "collect", self._runnable(model), "--data", f"{stem}.jsonl", *options, file])
             for model, stem, file in zip(self._models, stems, files, strict=True)
         ]
         return files, collected

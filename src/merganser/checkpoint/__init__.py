@@ -1,12 +1,12 @@
 """Where tensors come from and go: folders, shards, files and dictionaries, read and written piece by piece."""
 
-from merganser.checkpoint._base import Checkpoint
-from merganser.checkpoint._carry import output_config, side_files
+from merganser.checkpoint._base import Checkpoint, name_of_folder, repository_of
+from merganser.checkpoint._carry import output_config, side_files, tokenizer_folder
 from merganser.checkpoint._digest import describe_file, sha256_range
 from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool, open_regular
-from merganser.checkpoint._folder import refuse_unmergeable
+from merganser.checkpoint._folder import is_adapter, refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
 from merganser.checkpoint._open import ModelLike, open_checkpoint, parts_of_reference
@@ -24,7 +24,9 @@ __all__ = [
     "average_experts",
     "describe_file",
     "index_of",
+    "is_adapter",
     "lay_out",
+    "name_of_folder",
     "open_checkpoint",
     "open_regular",
     "output_config",
@@ -33,8 +35,10 @@ __all__ = [
     "read_header",
     "read_json",
     "refuse_unmergeable",
+    "repository_of",
     "sha256_range",
     "side_files",
     "stamp_of",
+    "tokenizer_folder",
     "write_error",
 ]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, infer_role
 from merganser.checkpoint._adapter_config import read_adapter_config
-from merganser.checkpoint._base import Checkpoint
+from merganser.checkpoint._base import Checkpoint, name_of_folder
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool
 from merganser.checkpoint._folder import check_inside, open_file
+from merganser.checkpoint._folding import Change, Matrices
 from merganser.checkpoint._kinds import pickle_refused
-from merganser.errors import InputError, Place, suggestion
+from merganser.errors import InputError, Place, escape, suggestion
 
 __all__ = ["AdaptedCheckpoint"]
 
@@ -30,29 +26,13 @@ _KEY = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l)"
     r"(\.default)?(\.weight)?$"
 )
-_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)")
-_KEPT = 8  # factors in memory, as float32 matrices
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What an adapter does to a tensor: ``m (W + s L R) / |W + s L R|``, without m ``W + s L R``; or ``l W``.
-
-    Attributes:
-        left: key of L and whether it is stored transposed.
-        right: key of R and whether it is.
-        scale: s.
-        magnitude: key of m, one number per row.
-        factor: key of l, one number per row or column.
-        rows: whether l has one per row.
-    """
-
-    left: tuple[str, bool] = ("", False)
-    right: tuple[str, bool] = ("", False)
-    scale: float = 0.0
-    magnitude: str | None = None
-    factor: str | None = None
-    rows: bool = True
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_DEPTH = 4  # parts that a name in the model may have before those in the adapter
+_UNUSED = ".original_module."
+_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers of GPT-2 and its kin, which keep (in, out)
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_TIED_INPUT = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
+_TIED_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|decoder\.weight)$")
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -87,11 +67,13 @@ class AdaptedCheckpoint(Checkpoint):
         self._factors = self._open(folder, pool)
         self._stamps = {file: stamp_of(file) for file in (self._settings.file, folder / _WEIGHTS)}
         self._sources: dict[str, tuple[Checkpoint, str]] = {name: (inner, name) for name in inner.specs()}
-        self._changes: dict[str, _Change] = {}
-        self._matrices = _Matrices(self._factors)
+        self._endings = _endings(self._sources)
+        self._changes: dict[str, Change] = {}
+        self._matrices = Matrices(self._factors)
         parts = self._sorted_parts()
         for module, own in parts.items():
             self._fold(module, own)
+        self._check_ties()
         self._specs = {name: self._spec(name) for name in self._sources}
         self.warnings = (*inner.warnings, *self._doubts())
 
@@ -102,8 +84,7 @@ class AdaptedCheckpoint(Checkpoint):
             if pickled.is_file():
                 raise pickle_refused(str(pickled))
             raise InputError("E0401", f"the adapter has no {_WEIGHTS}", places=Place(file=str(folder)))
-        for file in (path, self._settings.file):
-            check_inside(file, folder, file.name)
+        check_inside(path, folder, path.name)
         return open_file(path, pool)
 
     def _sorted_parts(self) -> dict[str, dict[str, str]]:
@@ -119,18 +100,39 @@ class AdaptedCheckpoint(Checkpoint):
                 own[match["part"]] = key
             elif ".lora_" in name or ".ia3_" in name:
                 raise self._fault(key, "it is of a kind of factor that is not known")
-            else:
-                plain = _WRAPPED.sub("", name)
-                self._sources[self._find(plain) or plain] = (self._factors, key)
+            elif _UNUSED not in f".{name}":
+                self._replace(key, _WRAPPED.sub("", name))
         return found
+
+    def _replace(self, key: str, plain: str) -> None:
+        """Take a tensor that the adapter brings whole.
+
+        Raises:
+            InputError: E0407, it has another shape than that of the model; E0409, it comes twice, with other values.
+        """
+        name = self._find(plain) or plain
+        before, own = self._sources.get(name, (self._inner, name))
+        if before is self._factors:
+            if torch.equal(before.read(own), before.read(key)):
+                return
+            raise self._fault(key, f"`{name}` comes twice, with other values")
+        known = self._inner.specs().get(own)
+        shape = self._factors.specs()[key].shape
+        if known is not None and known.shape != shape:
+            raise self._fault(
+                key,
+                f"`{name}` has the shape {list(shape)}, and {list(known.shape)} in the model",
+                "E0407",
+                "give the model the adapter's vocabulary first, and name that model",
+            )
+        self._sources[name] = (self._factors, key)
 
     def _find(self, name: str) -> str | None:
         """What the model calls a tensor: it may have, or lack, the prefix of a class of models."""
         for known in (name, name.partition(".")[2]):
             if known in self._sources:
                 return known
-        longer = [known for known in self._sources if known.endswith(f".{name}")]
-        return longer[0] if len(longer) == 1 else None
+        return self._endings.get(name)
 
     def _fold(self, module: str, parts: Mapping[str, str]) -> None:
         """Note what the factors of a module change.
@@ -149,26 +151,36 @@ class AdaptedCheckpoint(Checkpoint):
             raise self._fault(key, f"`{name}` is no matrix of weights", "E0407")
         if name in self._changes:
             raise self._fault(key, f"`{name}` is changed twice")
+        if ("ia3_l" in parts) != (self._settings.kind == "IA3"):
+            raise self._fault(key, f"it is no part of an adapter of the kind {self._settings.kind}")
         if "ia3_l" in parts:
             self._changes[name] = self._scaled(module, name, parts, shape)
         else:
             self._changes[name] = self._product(module, parts, shape)
 
-    def _scaled(self, module: str, name: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> _Change:
+    def _turned(self, module: str, outputs: int, inputs: int, shape: tuple[int, ...]) -> bool:
+        """Whether a layer keeps its weight as (in, out): what fits, or where both do, what its kind of layer does."""
+        if len(shape) != 2 or outputs != inputs:
+            return shape[:2] == (inputs, outputs) and len(shape) == 2
+        family = (self.config or {}).get("model_type")
+        if isinstance(family, str):
+            return family in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
+        return self._settings.transposed
+
+    def _scaled(self, module: str, name: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Change:
         key = parts["ia3_l"]
         vector = self._factors.specs()[key].shape
-        given = tuple(size for size in vector if size != 1) or (1,)
-        transposed = self._settings.transposed
-        outputs, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        by_output = vector[0] != 1 or outputs == 1
-        if len(parts) > 1 or len(shape) != 2 or given != ((outputs if by_output else inputs),):
-            raise self._fault(key, f"it does not fit {list(shape)}, the shape of `{name}`", "E0407")
+        if len(parts) > 1 or len(shape) != 2 or len(vector) != 2 or min(vector) != 1 or max(vector) not in shape:
+            raise self._fault(key, f"{list(vector)} does not fit {list(shape)}, the shape of `{name}`", "E0407")
+        by_output = vector[1] == 1
+        first = (max(vector), shape[1] if shape[0] == max(vector) else shape[0])
+        transposed = self._turned(module, *(first if by_output else first[::-1]), shape)
         bias = self._find(f"{module}.bias") if by_output else None
         if bias is not None:
-            self._changes[bias] = _Change(factor=key)
-        return _Change(factor=key, rows=by_output != transposed)
+            self._changes[bias] = Change(factor=key)
+        return Change(factor=key, rows=by_output != transposed)
 
-    def _product(self, module: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> _Change:
+    def _product(self, module: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Change:
         embedding = any(part.startswith("lora_embedding") for part in parts)
         first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         key = next(iter(parts.values()))
@@ -177,10 +189,10 @@ class AdaptedCheckpoint(Checkpoint):
                 raise self._fault(key, f"`{module}` has no {part}", "E0405")
         a, b = (self._factors.specs()[parts[part]].shape for part in (first, second))
         rank = a[0] if a else 0
-        turned = embedding or self._settings.transposed
-        rows, columns = shape[0], int(np.prod(shape[1:], dtype=np.int64))
+        turned = embedding or (len(a) == len(b) == 2 and self._turned(module, b[0], a[1], shape))
+        rows, columns = shape[0], math.prod(shape[1:])
         sizes = ((rank, rows), (columns, rank)) if turned else ((rank, columns), (rows, rank))
-        flat = tuple((s[0], int(np.prod(s[1:], dtype=np.int64))) if s else () for s in (a, b))
+        flat = tuple((s[0], math.prod(s[1:])) if s else () for s in (a, b))
         fits = len(a) == len(b) and (len(a) == 2 or (len(a) == len(shape) and a[1:] == shape[1:] and set(b[2:]) == {1}))
         if rank < 1 or flat != sizes or not fits:
             raise self._fault(
@@ -194,7 +206,7 @@ class AdaptedCheckpoint(Checkpoint):
         if magnitude is not None and (turned or len(shape) != 2 or self._factors.specs()[magnitude].shape != (rows,)):
             raise self._fault(magnitude, f"DoRA of a weight of the shape {list(shape)} is not folded", "E0407")
         left, right = (first, second) if turned else (second, first)
-        return _Change(
+        return Change(
             left=(parts[left], turned),
             right=(parts[right], turned),
             scale=self._settings.scale_of(module, rank),
@@ -209,18 +221,47 @@ class AdaptedCheckpoint(Checkpoint):
             dtype = torch.promote_types(dtype, torch.float32)
         return BlockSpec(name, spec.shape, dtype, infer_role(name, spec.shape, is_float=spec.is_float))
 
+    @property
+    def _tied(self) -> bool:
+        """Whether the head of a language model is its embeddings."""
+        config = self.config or {}
+        listed = config.get("architectures")
+        kinds = listed if isinstance(listed, list) else []
+        writes = any(str(kind).endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for kind in kinds)
+        alone = not any(_TIED_OUTPUT.search(name) for name in self._inner.specs())
+        return bool(config.get("tie_word_embeddings", alone)) and writes
+
+    def _check_ties(self) -> None:
+        """Refuse new values for one of two tensors that the model keeps as one.
+
+        Raises:
+            InputError: E0409.
+        """
+        if not self._tied or self._settings.ties:
+            return
+        whole = {name: key for name, (c, key) in self._sources.items() if c is self._factors}
+        for name, key in whole.items():
+            if _TIED_INPUT.search(name) or _TIED_OUTPUT.search(name):
+                found = self._factors.read(key)
+                if name not in self._inner.specs() or not torch.equal(found, self._inner.read(name).to(found.dtype)):
+                    raise self._fault(key, f"`{name}` is new, and in the model embeddings and head are one tensor")
+                self._sources[name] = (self._inner, name)
+
     def _doubts(self) -> list[str]:
         """What the user should know."""
         found = []
         named = self._settings.base
-        if named is not None and Path(named).name not in {self._inner.title, Path(self._inner.label).name}:
+        known = {self._inner.title, Path(self._inner.label).name}
+        if named is not None and Path(named.partition("@")[0]).name not in known:
             found.append(
-                f"{self._adapter}: the adapter says that it was trained on {named}; "
+                f"{self._adapter}: the adapter says that it was trained on {escape(named)}; "
                 f"it is folded into {self._inner.label}"
             )
+        if self._tied and not self._settings.ties and any(_TIED_INPUT.search(name) for name in self._changes):
+            found.append(f"{self._adapter}: the model's head is its embeddings, so both are changed by the adapter")
         new = sorted(name for name in self._sources if name not in self._inner.specs())
         if new:
-            some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+            some = ", ".join(map(escape, new[:3])) + (", ..." if len(new) > 3 else "")
             found.append(f"{self._adapter}: {len(new)} tensors that the model does not have: {some}")
         return found
 
@@ -235,16 +276,16 @@ class AdaptedCheckpoint(Checkpoint):
     @property
     def title(self) -> str:
         """The names of the model and of the adapter."""
-        return f"{self._inner.title}+{self._adapter.resolve().name}"
+        return f"{self._inner.title}+{name_of_folder(self._adapter)}"
 
     def specs(self) -> Mapping[str, BlockSpec]:
         """All tensors by name; those that are folded in float32."""
         return self._specs
 
     def written(self, name: str) -> torch.dtype:
-        """The type of the tensor in the model or, of one that the adapter brings, there."""
+        """The type of the tensor in the model or, of one that the model does not have, in the adapter."""
         checkpoint, own = self._sources[name]
-        return checkpoint.written(own)
+        return self._inner.written(name) if name in self._inner.specs() else checkpoint.written(own)
 
     def aliases(self) -> Mapping[str, str]:
         """Those of the model, as far as neither name is changed."""
@@ -276,29 +317,9 @@ class AdaptedCheckpoint(Checkpoint):
         width = max(1, spec.numel // spec.shape[0])
         first, last = start // width, -(-stop // width)
         rows = checkpoint.read(own, slice(first, last)).to(out.dtype).reshape(last - first, width).numpy()
-        if change.factor is not None:
-            factor = self._matrices.get(change.factor, flat=True).astype(rows.dtype, copy=False)
-            rows *= factor[first:last, None] if change.rows else factor
-        else:
-            self._add_product(rows, change, first, last)
+        change.apply(rows, self._matrices, first, last)
         flat = torch.from_numpy(rows.reshape(-1))
         out.copy_(flat[start - first * width : stop - first * width])
-
-    def _add_product(self, rows: np.ndarray[Any, Any], change: _Change, first: int, last: int) -> None:
-        """Add ``s L R``, one rank at a time, so that the bits do not depend on how many rows are read."""
-        left = self._matrices.get(*change.left)[first:last].astype(rows.dtype)
-        right = self._matrices.get(*change.right)
-        product, total = np.empty_like(rows), np.zeros_like(rows)
-        for index in range(left.shape[1]):
-            np.multiply(left[:, index, None], right[index], out=product)
-            total += product
-        total *= rows.dtype.type(change.scale)
-        rows += total
-        if change.magnitude is not None:
-            magnitude = self._matrices.get(change.magnitude, flat=True)[first:last].astype(rows.dtype)
-            norms = np.sqrt(np.add.reduce(np.square(rows, dtype=np.float64), axis=1))
-            with np.errstate(divide="ignore", invalid="ignore"):  # of a row of zeros; NaN is refused later
-                rows *= (magnitude / norms).astype(rows.dtype)[:, None]
 
     def check_unchanged(self) -> None:
         """Check that neither the model nor the adapter was changed.
@@ -308,10 +329,22 @@ class AdaptedCheckpoint(Checkpoint):
         """
         self._inner.check_unchanged()
         self._factors.check_unchanged()
+        if stamp_of(self._settings.file) != self._stamps[self._settings.file]:
+            raise InputError(
+                "E0412",
+                "the file changed while it was read",
+                places=Place(file=str(self._settings.file)),
+                fix="run the merge again",
+            )
 
     def files(self) -> tuple[Path, ...]:
         """The files of the model, and configuration and weights of the adapter."""
         return (*self._inner.files(), *sorted(self._stamps)) if self._inner.files() else ()
+
+    def named_files(self) -> dict[str, Path]:
+        """Those of the model as they are; those of adapters behind a number, the first adapter's being 1."""
+        number = len(self.beside)
+        return self._inner.named_files() | {f"{number}/{path.name}": path for path in sorted(self._stamps)}
 
     def stamps(self) -> Mapping[Path, tuple[int, ...]]:
         """What was known of every file when it was opened."""
@@ -323,27 +356,14 @@ class AdaptedCheckpoint(Checkpoint):
         self._factors.close()
 
 
-class _Matrices:
-    """The last few factors that were read, as matrices of float32; safe to share between threads."""
-
-    def __init__(self, factors: Checkpoint) -> None:
-        self._factors = factors
-        self._kept: OrderedDict[tuple[str, bool, bool], np.ndarray[Any, Any]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str, turned: bool = False, *, flat: bool = False) -> np.ndarray[Any, Any]:
-        """A factor: rows as they are and all the rest as columns, transposed, or as a vector."""
-        wanted = (key, turned, flat)
-        with self._lock:
-            if wanted in self._kept:
-                self._kept.move_to_end(wanted)
-                return self._kept[wanted]
-        tensor = self._factors.read(key)
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
-        found = wide.reshape(-1) if flat else wide.reshape(len(wide), -1)
-        found = np.ascontiguousarray(found.T) if turned else found
-        with self._lock:
-            self._kept[wanted] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return found
+def _endings(names: Iterable[str]) -> dict[str, str]:
+    """Names by their endings from a dot on, as far as no other name ends so."""
+    found: dict[str, str] = {}
+    twice = set()
+    for name in names:
+        ending = name
+        for _ in range(_DEPTH):
+            ending = ending.partition(".")[2]
+            if ending and found.setdefault(ending, name) != name:
+                twice.add(ending)
+    return {ending: name for ending, name in found.items() if ending not in twice}

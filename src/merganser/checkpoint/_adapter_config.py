@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoint._folder import ADAPTER_CONFIG, check_inside
 from merganser.checkpoint._json import read_json
 from merganser.errors import InputError, Place
 
-__all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_adapter_config"]
-
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = ["AdapterConfig", "read_adapter_config"]
 
 _KINDS = ("LORA", "IA3")
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -53,7 +52,8 @@ _KNOWN = frozenset(
         "runtime_config",
     }
 )
-_PATTERN = re.compile(r"^[\w.^$\\|()-]*$")  # without repetitions, which can take for ever to match
+_PATTERN = re.compile(r"^([\w.^$\\|()\[\]-]{0,300})$")  # without repetitions, which can take for ever to match
+_MOST_GROUPS = 3  # each of which multiplies the ways to match
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class AdapterConfig:
         alphas: other alphas.
         rooted: rank-stabilised LoRA.
         weight_decomposed: DoRA.
-        transposed: the layers keep their weights as (in, out).
-        base: the model that it was trained on, as far as it says.
+        transposed: layers keep their weights as (in, out), where shapes and names do not tell.
+        ties: the factors of tied weights are those of both.
+        base: the model that it was trained on, as far as it says, with the revision.
     """
 
     file: Path
@@ -82,6 +83,7 @@ class AdapterConfig:
     rooted: bool
     weight_decomposed: bool
     transposed: bool
+    ties: bool
     base: str | None
 
     def rank_of(self, module: str) -> Any:
@@ -95,7 +97,7 @@ class AdapterConfig:
             InputError: E0409, its alpha is no number.
         """
         alpha = _matching(self.alphas, module, self.alpha)
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if not _is_number(alpha):
             raise _fault(self.file, "alpha_pattern", f"the alpha of `{module}` is no number")
         return float(alpha) / (math.sqrt(rank) if self.rooted else rank)
 
@@ -105,8 +107,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
     Raises:
         InputError: E0409, it is damaged, or of a kind or with an option that is not known here.
+        SecurityError: E0501, it is a link to a place outside the folder.
     """
     file = folder / ADAPTER_CONFIG
+    check_inside(file, folder, file.name)
     data = read_json(file, "E0409")
     if not isinstance(data, dict):
         raise _fault(file, None, "it is not a JSON object")
@@ -122,10 +126,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
     if kind == "LORA" and (type(rank) is not int or rank < 1):
         raise _fault(file, "r", f"the rank is {rank}")
-    if kind == "LORA" and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
-        raise _fault(file, "lora_alpha", f"alpha is {alpha}")
+    if kind == "LORA" and not _is_number(alpha):
+        raise _fault(file, "lora_alpha", "alpha is no number")
     patterns = {key: _patterns(data.get(key) or {}, file, key) for key in ("rank_pattern", "alpha_pattern")}
-    base = data.get("base_model_name_or_path")
+    base, revision = data.get("base_model_name_or_path"), data.get("revision")
+    if isinstance(base, str) and isinstance(revision, str) and revision and not Path(base).exists():
+        base = f"{base}@{revision}"
     return AdapterConfig(
         file=file,
         kind=kind,
@@ -136,6 +142,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rooted=bool(data.get("use_rslora")),
         weight_decomposed=bool(data.get("use_dora")),
         transposed=bool(data.get("fan_in_fan_out")),
+        ties=bool(data.get("ensure_weight_tying")),
         base=base if isinstance(base, str) and base else None,
     )
 
@@ -144,18 +151,24 @@ def _patterns(found: Any, file: Path, key: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise _fault(file, key, "it is not a JSON object")
     for pattern in found:
-        if not _PATTERN.match(pattern):
-            raise _fault(file, key, f"the pattern {pattern} is not a name, and patterns that repeat are not matched")
+        if not _PATTERN.match(pattern) or pattern.count("(") > _MOST_GROUPS or pattern.count("|") > 30:
+            raise _fault(
+                file, key, f"the pattern {pattern[:80]} is no name, and longer or repeating ones are not matched"
+            )
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise _fault(file, key, f"the pattern {pattern} is wrong: {error}") from None
+        except (re.error, RecursionError) as error:
+            raise _fault(file, key, f"the pattern {pattern[:80]} is wrong: {error}") from None
     return found
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, from a dot on."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _fault(file: Path, key: str | None, message: str) -> InputError:

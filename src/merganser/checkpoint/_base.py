@@ -10,7 +10,21 @@ from typing import Any
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "name_of_folder", "repository_of"]
+
+
+def repository_of(folder: Path) -> tuple[str, str] | None:
+    """Repository and commit of a folder in the local Hugging Face cache."""
+    real = folder.absolute()
+    if real.parent.name != "snapshots" or not real.parent.parent.name.startswith("models--"):
+        return None
+    return real.parent.parent.name.removeprefix("models--").replace("--", "/"), real.name
+
+
+def name_of_folder(folder: Path) -> str:
+    """The name of a model's folder or file; of a folder in the local Hugging Face cache that of the repository."""
+    known = repository_of(folder)
+    return known[0].rpartition("/")[2] if known else folder.resolve().name or "model"
 
 
 class Checkpoint(ABC):
@@ -32,8 +46,8 @@ class Checkpoint(ABC):
 
     @property
     def title(self) -> str:
-        """How published files call it: the name of its folder or file, without a path."""
-        return (Path(self.label) if self.folder is None else self.folder.resolve()).name or "model"
+        """How published files call it: the name of its folder, file or repository, without a path."""
+        return name_of_folder(Path(self.label) if self.folder is None else self.folder)
 
     @abstractmethod
     def specs(self) -> Mapping[str, BlockSpec]:
@@ -53,6 +67,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def place_of(self, name: str) -> str:
         """The file that holds the tensor (or the label of an in-memory model), for messages."""
+
+    def named_files(self) -> dict[str, Path]:
+        """`files` by names that no two of them have."""
+        return {path.name: path for path in self.files()}
 
     def written(self, name: str) -> torch.dtype:
         """The type that the tensor has in a copy of the model: that in which it is read, unless it is computed."""

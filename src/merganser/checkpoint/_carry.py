@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CARD", "LICENCE_FILES", "output_config", "side_files"]
+from merganser.checkpoint._base import Checkpoint
+
+__all__ = ["CARD", "LICENCE_FILES", "output_config", "side_files", "tokenizer_folder"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,6 +30,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json")
 _MODEL_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -67,6 +70,13 @@ def side_files(folder: Path, kinds: str) -> Iterator[tuple[str, Path]]:
                 if fnmatch.fnmatchcase(relative, pattern) and path.is_file() and _belongs(path, root):
                     found[relative] = path
     yield from sorted(found.items())
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+    """Where a model's tokenizer is: with its last adapter that brings one, or in its own folder."""
+    folders = [folder for folder in (checkpoint.folder, *checkpoint.beside) if folder is not None]
+    own = (f for f in reversed(folders) if any(name in _VOCABULARIES for name, _ in side_files(f, "tokenizer")))
+    return next(own, checkpoint.folder)
 
 
 def _matching_folders(folder: Path, pattern: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ class _Dense(Checkpoint):
     def __init__(self, inner: Checkpoint, weights: Sequence[float] | None, names: Mapping[str, str]) -> None:
         self.label = f"{inner.label} (mean of experts)"
         self.warnings = inner.warnings
+        self.beside = inner.beside
         self._inner = inner
         self._sources: dict[str, list[str]] = {}
         groups: dict[str, dict[int, str]] = {}
@@ -86,7 +88,9 @@ class _Dense(Checkpoint):
 
     def _spec(self, name: str, source: str) -> BlockSpec:
         spec = self._inner.specs()[source]
-        return BlockSpec(name, spec.shape, spec.dtype, infer_role(name, spec.shape, is_float=spec.is_float))
+        types = (self._inner.specs()[member].dtype for member in self._sources[name])
+        dtype = functools.reduce(torch.promote_types, types)
+        return BlockSpec(name, spec.shape, dtype, infer_role(name, spec.shape, is_float=spec.is_float))
 
     def _members(self, dense: str, group: Mapping[int, str]) -> list[str]:
         """The experts' tensors, in order; all there and of one shape and type."""
@@ -97,7 +101,8 @@ class _Dense(Checkpoint):
             if index not in group:
                 raise InputError("E0405", f"expert {index} of {self._count} is missing for `{dense}`", places=place)
             spec = specs[group[index]]
-            if (spec.shape, spec.dtype) != (first.shape, first.dtype) or not spec.is_float:
+            types = {self._inner.written(name) for name in (group[index], first.name)}
+            if spec.shape != first.shape or len(types) > 1 or not spec.is_float:
                 raise InputError(
                     "E0407", f"the experts of `{dense}` differ in shape or type, or are no weights", places=place
                 )
@@ -138,9 +143,14 @@ class _Dense(Checkpoint):
         wide = torch.float64 if out.dtype == torch.float64 else torch.float32
         total = torch.zeros(stop - start, dtype=wide)
         for source, share in zip(sources, self._shares, strict=True):
-            self._inner.read_range(source, start, stop, out)
-            total.add_(out.to(wide), alpha=share)
+            stored = torch.empty(stop - start, dtype=self._inner.specs()[source].dtype)
+            self._inner.read_range(source, start, stop, stored)
+            total.add_(stored.to(wide), alpha=share)
         out.copy_(total)
+
+    def written(self, name: str) -> torch.dtype:
+        """The type in the mixture."""
+        return self._inner.written(self._sources[name][0])
 
     def place_of(self, name: str) -> str:
         """The file of the tensor, or of its first expert's."""

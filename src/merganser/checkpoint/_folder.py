@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoint._adapter_config import ADAPTER_CONFIG
 from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._file import FileCheckpoint
 from merganser.checkpoint._files import FilePool, open_regular
@@ -18,7 +17,17 @@ from merganser.checkpoint._kinds import pickle_refused
 from merganser.checkpoint._safetensors import Entry, read_header
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError, escape
 
-__all__ = ["check_inside", "is_adapter", "open_file", "open_folder", "refuse_unmergeable", "unreadable"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "check_inside",
+    "is_adapter",
+    "open_file",
+    "open_folder",
+    "refuse_unmergeable",
+    "unreadable",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -110,10 +111,7 @@ def _open_path(name: str | bytes, pool: FilePool | None, base: Checkpoint | None
         raise unreadable(path, error) from None
     first, *adapters = parts_of_reference(name)
     if adapters:
-        checkpoint = _open_path(first, pool, base)
-        for adapter in adapters:
-            checkpoint = AdaptedCheckpoint(checkpoint, _folder_of(adapter) or Path(adapter), pool)
-        return checkpoint
+        return _open_adapted(_open_path(first, pool, base), adapters, pool)
     if _HUB_ID.match(name):
         snapshot = _cached_snapshot(name)
         if snapshot is not None:
@@ -142,9 +140,23 @@ def parts_of_reference(name: str) -> tuple[str, ...]:
 
 def _folder_of(name: str) -> Path | None:
     """The folder of a model or adapter, by path or id."""
-    if Path(name).is_dir():
-        return Path(name)
+    if not name:
+        return None
+    with contextlib.suppress(OSError):
+        if Path(name).is_dir():
+            return Path(name)
     return _cached_snapshot(name) if _HUB_ID.match(name) else None
+
+
+def _open_adapted(checkpoint: Checkpoint, adapters: Sequence[str], pool: FilePool | None) -> Checkpoint:
+    """A model with adapters in it, one after the other."""
+    for adapter in adapters:
+        folder = _folder_of(adapter) or Path(adapter)
+        try:
+            checkpoint = AdaptedCheckpoint(checkpoint, folder, pool)
+        except OSError as error:
+            raise unreadable(folder, error) from None
+    return checkpoint
 
 
 def _open_adapter(folder: Path, pool: FilePool | None, base: Checkpoint | None) -> Checkpoint:

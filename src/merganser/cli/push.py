@@ -13,10 +13,13 @@ import typer
 
 from merganser.cli._app import app, emit
 from merganser.cli._common import Json, Threads, format_size
-from merganser.errors import EnvironmentFault, Place, UsageError, escape
+from merganser.errors import EnvironmentFault, MerganserError, Place, UsageError, escape
 
 _CARD = "README.md"
-_WEIGHTS = re.compile(r"(^|/)model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)$|\.(safetensors|bin)\.index\.json$|(^|/)adapter_config\.json$"
+)
+_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @app.command(epilog="Example: merganser push merged me/my-merge --dry-run")
@@ -41,6 +44,8 @@ def push(
     """
     from merganser.engine import needs_decision, read_card, verify
 
+    if not _REPOSITORY.match(repo):
+        raise UsageError("E0201", f"`{repo}` is not the name of a repository: ORG/NAME")
     verify(folder, threads=threads, edited=(_CARD,))
     root = Path(folder)
     files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
@@ -120,12 +125,11 @@ def _hub_errors() -> Iterator[None]:
     Raises:
         EnvironmentFault: E0708.
     """
-    _hub()
-    errors = importlib.import_module("huggingface_hub.errors")
-    known = (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError)
     try:
         yield
-    except known as error:
+    except MerganserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the package raises its own errors and those of its HTTP client
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise EnvironmentFault(
             "E0708",

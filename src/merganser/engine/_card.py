@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.engine._licences import common_licence, licences
+from merganser.engine._licences import common_licence, described, licences
 from merganser.engine._names import HUB_ID, describe_method, public_name
 from merganser.engine._parents import read_card
 from merganser.engine._plan import Plan
@@ -56,7 +56,7 @@ def model_card(plan: Plan) -> str:
         "",
     ]
     if any(found.values()):
-        rows = [f"| `{_plain(name)}` | {licence or 'not stated'} |" for name, licence in found.items()]
+        rows = [f"| `{_plain(name)}` | {described(licence)} |" for name, licence in found.items()]
         lines += ["| parent | licence |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from merganser.blocks import BlockSpec, Role
-from merganser.checkpoint import Checkpoint, side_files
+from merganser.checkpoint import Checkpoint, side_files, tokenizer_folder
 from merganser.engine._compare import check_configs, check_shapes
 from merganser.engine._tensor import Input
 from merganser.engine._ties import declared_tie
@@ -42,17 +42,20 @@ def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> 
     """Warnings where another parent's tokenizer or chat template is not that of the donor."""
     warnings = _module_warnings(donor)
     for checkpoint in checkpoints:
-        if checkpoint.folder is None or donor.folder is None or checkpoint is donor:
+        home = tokenizer_folder(donor)
+        if checkpoint.folder is None or home is None:
             continue
-        warnings.extend(_config_warnings(checkpoint, donor))
-        known = dict(side_files(donor.folder, "tokenizer"))
-        folders = (checkpoint.folder, *checkpoint.beside)
-        for file, theirs in (found for folder in folders for found in side_files(folder, "tokenizer")):
-            ours = known.get(file)
-            if ours is None or file in _INCIDENTAL:
-                continue
-            if ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes():
-                warnings.append(f"{file} of {checkpoint.label} differs from that of {donor.label}, which is used")
+        if checkpoint is not donor:
+            warnings.extend(_config_warnings(checkpoint, donor))
+        known = dict(side_files(home, "tokenizer"))
+        others = [folder for folder in (checkpoint.folder, *checkpoint.beside) if folder != home]
+        for folder in others:
+            for file, theirs in side_files(folder, "tokenizer"):
+                ours = known.get(file)
+                if ours is None or file in _INCIDENTAL:
+                    continue
+                if ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes():
+                    warnings.append(f"{file} of {folder} differs from that of {home}, which is used")
     return warnings
 
 

@@ -110,8 +110,9 @@ def tasks(recipe: Recipe) -> list[TaskData]:
     Raises:
         InputError: a folder or a file is not fit for it.
     """
-    base = open_model(os.fspath(recipe.base)).path
-    return [open_task(os.fspath(source.model), source.data, base) for source in recipe.slices[0].sources]
+    base = os.fspath(recipe.base)
+    spare = open_model(base).path
+    return [open_task(os.fspath(source.model), source.data, spare, base) for source in recipe.slices[0].sources]
 
 
 def check_folders(recipe: Recipe, tensors: Sequence[TensorPlan]) -> None:

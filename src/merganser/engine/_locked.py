@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.checkpoint import describe_file, open_checkpoint, parts_of_reference
+from merganser.checkpoint import describe_file, name_of_folder, open_checkpoint, parts_of_reference
 from merganser.engine._lock import LOCK_FILE, read_lock
 from merganser.engine._provenance import describe_data, digest_files, versions
 from merganser.errors import InputError, MerganserError, Place, escape
@@ -120,7 +120,10 @@ class _Finder:
             whole = (folder / name).exists()
             paths = [folder / part for part in ([name] if whole else name.split("+"))]
             found += ["+".join(map(str, paths))] if all(path.exists() for path in paths) else []
-        return found + ([f"{entry['repo']}@{entry['commit']}"] if "repo" in entry else [])
+        given = [next((path for path in self._given if _title(path) == part), None) for part in name.split("+")]
+        found += ["+".join(path for path in given if path)] if len(given) > 1 and None not in given else []
+        parts = zip(str(entry.get("repo", "")).split("+"), str(entry.get("commit", "")).split("+"), strict=False)
+        return found + (["+".join(f"{repo}@{commit}" for repo, commit in parts)] if "repo" in entry else [])
 
     def _choose(self, entry: Mapping[str, Any], differs: Callable[[str], Place | None]) -> str:
         """The first candidate that is what the entry describes."""
@@ -160,7 +163,7 @@ class _Finder:
                 return Place(file=candidate, found="has no files")
             recorded = entry["files"]
             whole = all("sha256" in known for known in recorded.values())
-            paths = {path.name: path for path in checkpoint.files()}
+            paths = checkpoint.named_files()
             if paths.keys() != recorded.keys():
                 return Place(file=candidate, found="has other weight files")
             digests = digest_files(paths.values(), 2, whole=whole)
@@ -212,4 +215,5 @@ class _Finder:
 
 def _title(reference: str) -> str:
     """What the lock file calls a model: the last part of its path, and those of its adapters."""
-    return "+".join(Path(part).resolve().name for part in parts_of_reference(reference))
+    parts = parts_of_reference(reference)
+    return "+".join(name_of_folder(Path(part if Path(part).exists() else part.partition("@")[0])) for part in parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser._version import __version__
-from merganser.checkpoint import Checkpoint, describe_file
+from merganser.checkpoint import Checkpoint, describe_file, repository_of
 from merganser.engine._executor import LocalThreads
 from merganser.engine._key import data_files, data_of, statistics_of
 from merganser.engine._lock import canonical_sha256
@@ -155,20 +155,21 @@ def _input(checkpoint: Checkpoint, digests: Mapping[Path, dict[str, Any]]) -> di
     layout = json.dumps([[name, list(spec.shape), str(spec.dtype)] for name, spec in sorted(specs.items())])
     return {
         "name": checkpoint.title,
-        **_hub(checkpoint.folder),
+        **_hub(checkpoint),
         "tensors": len(specs),
         "bytes": sum(spec.nbytes for spec in specs.values()),
         "layout_sha256": hashlib.sha256(layout.encode()).hexdigest(),
-        "files": {path.name: digests[path] for path in checkpoint.files()},
+        "files": {name: digests[path] for name, path in checkpoint.named_files().items()},
     }
 
 
-def _hub(folder: Path | None) -> dict[str, str]:
-    """Repository and commit of a model in the local Hugging Face cache."""
-    real = None if folder is None else folder.absolute()
-    if real is None or real.parent.name != "snapshots" or not real.parent.parent.name.startswith("models--"):
+def _hub(checkpoint: Checkpoint) -> dict[str, str]:
+    """Repository and commit of a model in the local Hugging Face cache; with adapters those of all, ``+`` between."""
+    folders = () if checkpoint.folder is None else (checkpoint.folder, *checkpoint.beside)
+    known = [found for found in map(repository_of, folders) if found is not None]
+    if not known or len(known) < len(folders):
         return {}
-    return {"repo": real.parent.parent.name.removeprefix("models--").replace("--", "/"), "commit": real.name}
+    return {"repo": "+".join(repo for repo, _ in known), "commit": "+".join(commit for _, commit in known)}
 
 
 def _statistics(source: Any, whole: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoint import open_regular, output_config, side_files, write_error
+from merganser.checkpoint import name_of_folder, open_regular, output_config, side_files, tokenizer_folder, write_error
 from merganser.engine._names import numbered
 from merganser.engine._plan import Plan
 
@@ -89,10 +89,10 @@ def carried(plan: Plan) -> Iterator[tuple[str, Path]]:
     if plan.donor.folder is not None:
         yield from side_files(plan.donor.folder, "model")
         yield from side_files(plan.donor.folder, "licence")
-    if plan.tokenizer.folder is not None:
-        yield from side_files(plan.tokenizer.folder, "tokenizer")
+    if (home := tokenizer_folder(plan.tokenizer)) is not None:
+        yield from side_files(home, "tokenizer")
     folders = dict.fromkeys(folder for c in plan.checkpoints for folder in (c.folder, *c.beside) if folder is not None)
-    for folder, name in zip(folders, numbered([folder.resolve().name or "model" for folder in folders]), strict=True):
+    for folder, name in zip(folders, numbered(list(map(name_of_folder, folders))), strict=True):
         if folder != plan.donor.folder:
             for relative, path in side_files(folder, "licence"):
                 yield f"licenses/{name}/{relative}", path

@@ -57,14 +57,18 @@ class ModelFolder:
         return min([n for n in found if type(n) is int and n > 0], default=2**31)
 
 
-def open_model(path: str) -> ModelFolder:
+def open_model(path: str, base: str | None = None) -> ModelFolder:
     """Read headers and configuration of a model; no weight is loaded.
+
+    Args:
+        path: the model.
+        base: the model that an adapter which is named alone is folded into.
 
     Raises:
         InputError: it does not exist, is damaged (see `open_checkpoint`), or is of a form that needs the Python API.
         SecurityError: it needs code from its folder.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, base=None if base is None else open_checkpoint(base))
     folder, config = checkpoint.folder, checkpoint.config
     if folder is None or config is None:
         raise InputError(
@@ -145,11 +149,11 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype, device: str) -> tuple
     Raises:
         InputError: E0409, transformers cannot make the model of its configuration, or the weights are of another.
     """
-    if folder.adapted is not None:
-        model, missing = build_model(folder, {name: folder.adapted.read(name) for name in folder.adapted.specs()})
-        return model.to(device=device, dtype=dtype), missing
     package = transformers()
     try:
+        if folder.adapted is not None:
+            built, missing = build_model(folder, {name: folder.adapted.read(name) for name in folder.adapted.specs()})
+            return built.to(device=device, dtype=dtype), missing
         with _silent(package):
             model, info = getattr(package, folder.loader).from_pretrained(
                 str(folder.path),

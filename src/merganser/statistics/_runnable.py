@@ -54,19 +54,20 @@ class TaskData:
         return batches, (cut,) if found.truncated else ()
 
 
-def open_task(path: str, data: Any, spare: Path | None = None) -> TaskData:
+def open_task(path: str, data: Any, spare: Path | None = None, base: str | None = None) -> TaskData:
     """Check a model folder and the data of its task; no weight is loaded.
 
     Args:
         path: the folder.
         data: an iterable of batches, or the path of a file or a data set, as for `collect`.
         spare: a folder whose tokenizer encodes texts where the model's folder has none.
+        base: the model that an adapter which is named alone is folded into.
 
     Raises:
         InputError: the folder or the file are not fit for this, see `open_model` and `open_data`.
         UsageError: E0201, the data are neither.
     """
-    folder = open_model(path)
+    folder = open_model(path, base)
     if isinstance(data, str | os.PathLike):
         return TaskData(folder, None, open_data(os.fspath(data), folder, labelled=False), spare)
     if not isinstance(data, Iterable) or isinstance(data, bytes | dict):
