@@ -30,23 +30,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="NAME=FILE", help="results.json of `merganser bench`")
     parser.add_argument("--out", "-o", type=Path, required=True, help="the page, whose text stays")
+    parser.add_argument("--section", action="append", choices=SECTIONS, help="whose pictures are drawn; all by default")
     given = parser.parse_args()
     parts = []
     for word in given.results:
         name, _, file = word.partition("=")
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-        parts.append("\n".join(page(name, found, pictures(name, found, given.out))))
+        parts.append("\n".join(page(name, found, pictures(name, found, given.out, given.section or SECTIONS))))
     text, mark, _ = given.out.read_text(encoding="utf-8").partition(MARK)
     if not mark:
         parser.error(f"{given.out} has no line {MARK}")
     given.out.write_text(f"{text}{mark}\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def pictures(name: str, found: Mapping[str, Any], out: Path) -> list[tuple[str, str, str]]:
-    """Writes the pictures; their files, titles and descriptions."""
+def pictures(name: str, found: Mapping[str, Any], out: Path, chosen: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Writes the pictures of some sections; their files, titles and descriptions."""
     written = []
     sections = bench_document(Record(found, name)).sections
-    for section in [section for section in sections if section.title in SECTIONS]:
+    for section in [section for section in sections if section.title in chosen]:
         for picture in section.pictures:
             kind = re.sub(r"[^a-z]+", "-", picture.title.lower()).strip("-")
             file = out.with_name(f"{out.stem}-{name}-{kind}.svg")
