@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def llama() -> Any:
+def llama(*, tied: bool = False) -> Any:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=16,
@@ -38,7 +38,7 @@ def llama() -> Any:
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=20,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
         )
     )
 
@@ -414,16 +414,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def tied_llama() -> Any:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            vocab_size=20,
-            tie_word_embeddings=True,
-        )
-    )
+    return llama(tied=True)
 
 
 @pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])

@@ -1,7 +1,7 @@
 """Where tensors come from and go: folders, shards, files and dictionaries, read and written piece by piece."""
 
 from merganser.checkpoint._base import Checkpoint, name_of_folder, repository_of
-from merganser.checkpoint._carry import output_config, side_files, tokenizer_folder
+from merganser.checkpoint._carry import CARD, output_config, side_files, tokenizer_folder
 from merganser.checkpoint._digest import describe_file, sha256_range
 from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
@@ -14,6 +14,7 @@ from merganser.checkpoint._safetensors import read_header
 from merganser.checkpoint._writer import Shard, ShardWriter, index_of, lay_out, write_error
 
 __all__ = [
+    "CARD",
     "Checkpoint",
     "DictCheckpoint",
     "FileCheckpoint",

@@ -45,6 +45,11 @@ class Checkpoint(ABC):
     beside: tuple[Path, ...] = ()
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that it is made of; none if it has none of its own."""
+        return () if self.folder is None else (self.folder, *self.beside)
+
+    @property
     def title(self) -> str:
         """How published files call it: the name of its folder, file or repository, without a path."""
         return name_of_folder(Path(self.label) if self.folder is None else self.folder)

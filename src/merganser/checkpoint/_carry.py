@@ -74,8 +74,9 @@ def side_files(folder: Path, kinds: str) -> Iterator[tuple[str, Path]]:
 
 def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
     """Where a model's tokenizer is: with its last adapter that brings one, or in its own folder."""
-    folders = [folder for folder in (checkpoint.folder, *checkpoint.beside) if folder is not None]
-    own = (f for f in reversed(folders) if any(name in _VOCABULARIES for name, _ in side_files(f, "tokenizer")))
+    own = (
+        f for f in reversed(checkpoint.folders) if any(name in _VOCABULARIES for name, _ in side_files(f, "tokenizer"))
+    )
     return next(own, checkpoint.folder)
 
 

@@ -15,7 +15,6 @@ from merganser.cli._app import app, emit
 from merganser.cli._common import Json, Threads, format_size
 from merganser.errors import EnvironmentFault, MerganserError, Place, UsageError, escape
 
-_CARD = "README.md"
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)$|\.(safetensors|bin)\.index\.json$|(^|/)adapter_config\.json$"
 )
@@ -42,11 +41,12 @@ def push(
 
     The card (README.md) may have been edited. A new repository is private; the token is that of `hf auth login`.
     """
+    from merganser.checkpoint import CARD
     from merganser.engine import needs_decision, read_card, verify
 
     if not _REPOSITORY.match(repo):
         raise UsageError("E0201", f"`{repo}` is not the name of a repository: ORG/NAME")
-    verify(folder, threads=threads, edited=(_CARD,))
+    verify(folder, threads=threads, edited=(CARD,))
     root = Path(folder)
     files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     total = sum((root / name).stat().st_size for name in files)
@@ -65,7 +65,7 @@ def push(
             raise UsageError(
                 "E0203",
                 f"nothing was pushed, because {doubt}",
-                places=Place(file=str(root / _CARD), key="license"),
+                places=Place(file=str(root / CARD), key="license"),
                 fix="write the licence into the head of README.md, or pass --accept-license",
             )
         with _hub_errors():
@@ -129,7 +129,9 @@ def _hub_errors() -> Iterator[None]:
         yield
     except MerganserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the package raises its own errors and those of its HTTP client
+    except Exception as error:
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError | ValueError):
+            raise  # a bug; the package raises its own errors, and those of its HTTP client
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise EnvironmentFault(
             "E0708",

@@ -71,7 +71,7 @@ def _library(plan: Plan) -> str:
 
 def _shared(plan: Plan) -> dict[str, Any]:
     """Languages and data sets of all parents, and what the one whose configuration is used is for."""
-    folders = dict.fromkeys(f for c in plan.checkpoints for f in (c.folder, *c.beside) if f is not None)
+    folders = dict.fromkeys(folder for checkpoint in plan.checkpoints for folder in checkpoint.folders)
     cards = [read_card(folder) for folder in folders]
     found: dict[str, Any] = {}
     for key in ("language", "datasets"):

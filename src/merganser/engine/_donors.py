@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from merganser.blocks import BlockSpec, Role
 from merganser.checkpoint import Checkpoint, side_files, tokenizer_folder
@@ -41,22 +42,25 @@ _LARGEST_LIST = 1_000_000
 def side_file_warnings(checkpoints: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
     """Warnings where another parent's tokenizer or chat template is not that of the donor."""
     warnings = _module_warnings(donor)
+    home = tokenizer_folder(donor)
+    if home is None:
+        return warnings
+    known = {file: path for file, path in side_files(home, "tokenizer") if file not in _INCIDENTAL}
     for checkpoint in checkpoints:
-        home = tokenizer_folder(donor)
-        if checkpoint.folder is None or home is None:
-            continue
-        if checkpoint is not donor:
+        if checkpoint.folder is not None and checkpoint is not donor:
             warnings.extend(_config_warnings(checkpoint, donor))
-        known = dict(side_files(home, "tokenizer"))
-        others = [folder for folder in (checkpoint.folder, *checkpoint.beside) if folder != home]
-        for folder in others:
-            for file, theirs in side_files(folder, "tokenizer"):
-                ours = known.get(file)
-                if ours is None or file in _INCIDENTAL:
-                    continue
-                if ours.stat().st_size != theirs.stat().st_size or ours.read_bytes() != theirs.read_bytes():
-                    warnings.append(f"{file} of {folder} differs from that of {home}, which is used")
+        others = ((folder, *found) for folder in checkpoint.folders for found in side_files(folder, "tokenizer"))
+        warnings.extend(
+            f"{file} of {folder} differs from that of {home}, which is used"
+            for folder, file, theirs in others
+            if folder != home and file in known and not _same(known[file], theirs)
+        )
     return warnings
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether two files have the same contents."""
+    return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
 
 
 def _config_warnings(checkpoint: Checkpoint, donor: Checkpoint) -> list[str]:

@@ -165,9 +165,8 @@ def _input(checkpoint: Checkpoint, digests: Mapping[Path, dict[str, Any]]) -> di
 
 def _hub(checkpoint: Checkpoint) -> dict[str, str]:
     """Repository and commit of a model in the local Hugging Face cache; with adapters those of all, ``+`` between."""
-    folders = () if checkpoint.folder is None else (checkpoint.folder, *checkpoint.beside)
-    known = [found for found in map(repository_of, folders) if found is not None]
-    if not known or len(known) < len(folders):
+    known = [found for found in map(repository_of, checkpoint.folders) if found is not None]
+    if not known or len(known) < len(checkpoint.folders):
         return {}
     return {"repo": "+".join(repo for repo, _ in known), "commit": "+".join(commit for _, commit in known)}
 

@@ -91,7 +91,7 @@ def carried(plan: Plan) -> Iterator[tuple[str, Path]]:
         yield from side_files(plan.donor.folder, "licence")
     if (home := tokenizer_folder(plan.tokenizer)) is not None:
         yield from side_files(home, "tokenizer")
-    folders = dict.fromkeys(folder for c in plan.checkpoints for folder in (c.folder, *c.beside) if folder is not None)
+    folders = dict.fromkeys(folder for checkpoint in plan.checkpoints for folder in checkpoint.folders)
     for folder, name in zip(folders, numbered(list(map(name_of_folder, folders))), strict=True):
         if folder != plan.donor.folder:
             for relative, path in side_files(folder, "licence"):
