@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser import kernels
-from merganser.engine import _commit
+from merganser.engine import _commit, verify
 from merganser.engine._weights import WeightFiles
 from merganser.errors import NumericError
-from merganser.methods import Block, Context, _select, ties
+from merganser.methods import Block, Context, _select, _tensor_select, ties
+from merganser.methods._select import Threshold
+from merganser.methods._tensor_select import Guess
 from tests.oracle.test_compiled import accelerated, same
 
 
@@ -209,6 +211,44 @@ def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: p
     assert all(same(merged[name], expected[name]) for name in base)
 
 
+@pytest.mark.parametrize("wrong", [None, 0.5, 1.5])
+@pytest.mark.parametrize("zero_sign", ["majority", "positive"])
+def test_presumed_thresholds_of_tensors(wrong: float | None, zero_sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = {f"w{k}": torch.randint(-60, 60, (700, 90), generator=generator) for k in range(4)}
+    tuned = [{n: x + torch.randint(-2, 3, x.shape, generator=generator) for n, x in base.items()} for _ in range(3)]
+    base, *tuned = [{n: (x / 1024).bfloat16() for n, x in model.items()} for model in (base, *tuned)]
+    for model in (base, *tuned):
+        model["small"] = model["w0"][:5].clone()
+    settings: dict[str, Any] = {"method": "ties", "trim": "tensor", "zero_sign": zero_sign}
+    with accelerated(False):
+        expected = merganser.merge(tuned, base=base, **settings)
+    monkeypatch.setattr(_tensor_select, "_SAMPLED_FROM", 1 << 12)
+    counted: list[set[str]] = []
+    exact = _tensor_select.tensor_thresholds
+
+    def guesses(context: Context, *rest: Any) -> dict[str, Guess]:
+        found = _tensor_select.tensor_guesses(context, *rest)
+        if len(found) == 1:
+            return found
+        assert [name for name, guess in found.items() if guess.clear == [[None]] * 3] == ["small"]
+        if wrong is not None:
+            clear = [[value * wrong] for (value,) in found["w2"].clear if value is not None]
+            found["w2"] = replace(found["w2"], clear=clear)
+        return found
+
+    def thresholds(context: Context, *rest: Any, **more: Any) -> dict[str, list[tuple[Threshold, ...]]]:
+        counted.append(set(context.specs))
+        return exact(context, *rest, **more)
+
+    with monkeypatch.context() as patch, accelerated(True):
+        patch.setattr(ties, "tensor_guesses", guesses)
+        patch.setattr(ties, "tensor_thresholds", thresholds)
+        merged = merganser.merge(tuned, base=base, **settings)
+    assert counted == [{"small"}, *([{"w2"}] if wrong else [])]
+    assert all(same(merged[name], expected[name]) for name in base)
+
+
 def test_only_blocks_that_cancel_are_merged_again_for_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     change = torch.arange(1, 1001).div(256)
     base = {name: torch.zeros(1000) for name in ("a.weight", "b.weight", "c.weight")}
@@ -236,6 +276,70 @@ def test_only_blocks_that_cancel_are_merged_again_for_the_sign(monkeypatch: pyte
     assert not bool(found["a.weight"].any())
 
 
+@pytest.mark.parametrize("models", [2, 3])
+@pytest.mark.parametrize("count", [0, 1, 12, 13, 400])
+def test_places_where_entries_cancel(models: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    base = torch.randn(50_000, generator=generator).bfloat16()
+    tuned = [(base.float() + 0.1 * torch.rand(50_000, generator=generator)).bfloat16() for _ in range(models)]
+    expected = torch.randperm(50_000, generator=generator)[:count].sort().values
+    base[expected] = 1.0
+    for model, value in zip(tuned, (1.5, 0.5, 1.0), strict=False):
+        model[expected] = value
+    stored = kernels.Stored(base, tuned, torch.empty_like(base))
+    with accelerated(True):
+        found = kernels.Disjoint([1.0] * models, [1.0] * models).merge_stored(stored, kernels.Limits())
+    assert found.cancels == (count > 0)
+    if count > 50_000 // 4096:
+        assert found.places is None
+    else:
+        assert found.places is not None
+        assert found.places.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("guess", [-1, 0, 1])
+@pytest.mark.parametrize("extra", [-3, 0, 3])
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+def test_entries_that_cancel_are_mended(
+    trim: str, extra: int, guess: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    base = {"w": (torch.randint(-60, 60, (300, 400), generator=generator) / 64).bfloat16()}
+    change = torch.zeros(2, 120_000)
+    change[0, :20], change[1, :20] = 0.5, -0.5  # these cancel
+    change[0, 100:110], change[0, 200:210] = 1, -1  # these do not: the majority is that of the extra ones
+    change[1, 300 : 300 + abs(extra)] = 2.0 if extra > 0 else -2.0
+    tuned = [{"w": (base["w"].float() + own.view(300, 400)).bfloat16()} for own in change]
+    deltas = [model["w"].float() - base["w"].float() for model in tuned]
+    assert (sum(deltas) > 0).sum() - (sum(deltas) < 0).sum() == extra
+    settings: dict[str, Any] = {"method": "ties", "trim": trim, "density": 1.0}
+    with accelerated(False):
+        expected = merganser.merge(tuned, base=base, **settings)
+    merged: list[str] = []
+    merge = ties.Ties.merge
+
+    def counted(method: ties.Ties, block: Block, state: ties.TiesState) -> torch.Tensor:
+        merged.append(block.key.name)
+        return merge(method, block, state)
+
+    def guessed(method: ties.Ties, context: Context, state: ties.TiesState, **rest: Any) -> ties.TiesState:
+        return replace(state, majority=dict.fromkeys(state.thresholds, guess))
+
+    monkeypatch.setattr(ties.Ties, "merge", counted)
+    monkeypatch.setattr(ties.Ties, "_with_majority", guessed)
+    paths = []
+    for index, model in enumerate((base, *tuned)):
+        paths.append(tmp_path / f"{index}.safetensors")
+        save_file(model, paths[-1])
+    with accelerated(True):
+        found = merganser.merge(tuned, base=base, **settings)
+        out = merganser.merge(paths[1:], base=paths[0], **settings, out=tmp_path / "out")
+    assert merged == ["w", "w"]
+    assert same(found["w"], expected["w"])
+    assert same(load_file(out / "model.safetensors")["w"], expected["w"])
+    verify(out)
+
+
 def test_thresholds_that_a_sample_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
     base, *tuned = bfloat16_models(2, True)
     monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
@@ -261,7 +365,8 @@ def test_methods_inside_others_do_not_round() -> None:
     assert all(same(results[0][name], results[1][name]) for name in stacked[0])
 
 
-def test_a_merge_with_presumed_thresholds_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+def test_a_merge_with_presumed_thresholds_goes_on(trim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     base = {f"w{number}": torch.randint(-60, 60, (300, 90), generator=generator) for number in range(4)}
     tuned = [{n: x + torch.randint(-2, 3, x.shape, generator=generator) for n, x in base.items()} for _ in range(3)]
@@ -269,9 +374,10 @@ def test_a_merge_with_presumed_thresholds_goes_on(tmp_path: Path, monkeypatch: p
     for index, model in enumerate((base, *tuned)):
         paths.append(tmp_path / f"{index}.safetensors")
         save_file({name: (x / 1024).bfloat16() for name, x in model.items()}, paths[-1])
-    settings: dict[str, Any] = {"method": "ties", "base": paths[0]}
+    settings: dict[str, Any] = {"method": "ties", "base": paths[0], "trim": trim}
     whole = merganser.merge(paths[1:], **settings, out=tmp_path / "whole")
     monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    monkeypatch.setattr(_tensor_select, "_SAMPLED_FROM", 1 << 12)
     finish = WeightFiles.finish
     finished: list[str] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -49,6 +50,20 @@ def test_one_shard_is_the_file_of_the_reference_writer(piece: int, keep_open: bo
     (path,) = written(tmp_path / "out", state, piece=piece, keep_open=keep_open)
     assert path.read_bytes() == save(state, metadata={"format": "pt"})
     assert same(dict(load_file(path)), state)
+
+
+@pytest.mark.parametrize("keep_open", [True, False])
+def test_single_elements_are_amended(keep_open: bool, tmp_path: Path) -> None:
+    state = {"a": torch.arange(6.0), "b": torch.arange(100).view(4, 25).bfloat16()}
+    (shard,) = lay_out(specs_of(state), 1 << 40)
+    writer = ShardWriter(tmp_path, shard, keep_open=keep_open)
+    for name, value in state.items():
+        writer.write(name, 0, value.reshape(-1))
+    writer.amend("b", np.array([0, 42, 99]), torch.tensor([-1.0, -2.0, -3.0]).bfloat16())
+    writer.amend("a", np.array([], dtype=np.int64), torch.tensor([]))
+    writer.sync()
+    state["b"].view(-1)[[0, 42, 99]] = torch.tensor([-1.0, -2.0, -3.0]).bfloat16()
+    assert same(dict(load_file(writer.path)), state)
 
 
 def test_mixed_types_of_one_width_are_ordered_as_by_the_reference_writer(tmp_path: Path) -> None:

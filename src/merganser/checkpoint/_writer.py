@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from merganser._torch import torch
 from merganser.blocks import BlockSpec, natural_key
 from merganser.checkpoint._digest import sha256_range
@@ -120,6 +123,16 @@ class ShardWriter:
         with self._lock, self._errors():  # threads that wait here sleep; in the kernel they would spin
             self._acquire()
             self._write(piece.view(torch.uint8).numpy().data, offset)
+            self._release()
+
+    def amend(self, name: str, positions: npt.NDArray[np.int64], values: torch.Tensor) -> None:
+        """Write single elements of a tensor: their positions in the flattened tensor, and as many elements."""
+        size, view = values.element_size(), values.view(torch.uint8).numpy().data
+        offsets = self._shard.offsets[name] + positions * size
+        with self._lock, self._errors():
+            self._acquire()
+            for number, offset in enumerate(offsets.tolist()):
+                self._write(view[number * size : (number + 1) * size], offset)
             self._release()
 
     def _write(self, view: memoryview, offset: int) -> None:

@@ -12,7 +12,7 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError
-from merganser.methods import Block, BlockKey, Method
+from merganser.methods import Block, BlockKey, Mend, Method
 
 __all__ = ["PIECE", "Reader", "Scratch", "StreamBlock"]
 
@@ -127,6 +127,7 @@ class StreamBlock(Block):
         notes: counts that the method added.
         figures: what the method reported.
         doubts: why the method doubts the result.
+        mend: how it can be mended.
         start: the method and state of the initialisation.
         may_round: whether what the method returns is written as it is, so that it may be rounded already.
     """
@@ -139,6 +140,7 @@ class StreamBlock(Block):
         self.notes: Counter[str] = Counter()
         self.figures: dict[str, Any] = {}
         self.doubts: set[str] = set()
+        self.mend: Mend | None = None
         self.start: tuple[Method, object] | None = None
         self.may_round = True
         self._reader = reader
@@ -238,8 +240,9 @@ class StreamBlock(Block):
     def note(self, name: str, amount: int) -> None:
         self.notes[name] += amount
 
-    def doubt(self, reason: str = "") -> None:
+    def doubt(self, reason: str = "", mend: Mend | None = None) -> None:
         self.doubts.add(reason)
+        self.mend = mend or self.mend
 
     def _get(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         return self._reader.scratch.get(key, self.key.stop - self.key.start, dtype, self._reader.device)

@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from merganser._torch import torch
 from merganser.checkpoint import Shard, index_of
 from merganser.engine._card import model_card
@@ -181,6 +184,11 @@ class FolderOutput:
         """Write consecutive elements of a tensor."""
         assert self._weights is not None
         self._weights.write(name, start, piece, output)
+
+    def amend(self, name: str, positions: npt.NDArray[np.int64], values: torch.Tensor) -> None:
+        """Write single elements of a tensor."""
+        assert self._weights is not None
+        self._weights.amend(name, positions, values)
 
     def finish(self, name: str, finished: Finished) -> None:
         """Note that a tensor is complete."""

@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
-from merganser.methods import BlockKey
+from merganser.methods import BlockKey, Mend
 
 __all__ = ["Completion", "Finished", "MemorySink", "Sink"]
 
@@ -39,6 +42,16 @@ class Sink(Protocol):
             start: the first element.
             piece: the elements; they are to be copied.
             output: the index of the output that they belong to; None for all.
+        """
+        ...
+
+    def amend(self, name: str, positions: npt.NDArray[np.int64], values: torch.Tensor) -> None:
+        """Take single elements of a tensor, for all outputs.
+
+        Args:
+            name: the tensor.
+            positions: in the flattened tensor.
+            values: as many elements.
         """
         ...
 
@@ -72,6 +85,11 @@ class MemorySink:
         for tensors in self.outputs if output is None else (self.outputs[output],):
             tensors[name].view(-1)[start : start + piece.numel()].copy_(piece)
 
+    def amend(self, name: str, positions: npt.NDArray[np.int64], values: torch.Tensor) -> None:
+        """Take single elements."""
+        for tensors in self.outputs:
+            tensors[name].view(-1)[torch.from_numpy(positions)] = values
+
     def finish(self, name: str, finished: Finished) -> None:
         """Nothing is to be done."""
 
@@ -83,7 +101,8 @@ class MemorySink:
 class Completion:
     """Counts the blocks of tensors, and tells the sink of every tensor whose last block stands.
 
-    A tensor with a block that its method doubts waits for the review of the method.
+    A tensor with a block that its method doubts waits for the review of the method, unless its counts show that it
+    stands.
 
     Args:
         sink: where the tensors go.
@@ -96,7 +115,7 @@ class Completion:
         self._left: dict[str, int] = {}
         self._notes: dict[str, Counter[str]] = {}
         self._figures: dict[str, Mapping[str, Any]] = {}
-        self._doubted: dict[str, dict[BlockKey, frozenset[str]]] = {}
+        self._doubted: dict[str, dict[BlockKey, tuple[frozenset[str], Mend | None]]] = {}
         for spec in specs:
             earlier = sink.finished(spec.name)
             if earlier is None:
@@ -118,16 +137,31 @@ class Completion:
         figures: Mapping[str, Any] | None = None,
         *,
         doubts: Collection[str] = (),
+        mend: Mend | None = None,
+        stands: Callable[[Mapping[str, int]], bool] = lambda notes: False,
     ) -> None:
-        """A block was written, and its method doubts it for some reasons."""
+        """A block was written.
+
+        Args:
+            key: the block.
+            notes: its counts.
+            figures: what its method reported.
+            doubts: why its method doubts it.
+            mend: how it can be mended then.
+            stands: whether its tensor, if this was the last block, needs no review, from all its counts.
+        """
         with self._lock:
             self._notes[key.name].update(notes or {})
             if figures:
                 self._figures[key.name] = figures
             if doubts:
-                self._doubted.setdefault(key.name, {})[key] = frozenset(doubts)
+                self._doubted.setdefault(key.name, {})[key] = frozenset(doubts), mend
             self._left[key.name] -= key.stop - key.start
-            ready = self._left[key.name] == 0 and key.name not in self._doubted
+            ready = self._left[key.name] == 0
+            if ready and key.name in self._doubted:
+                ready = stands(self._notes[key.name])
+                if ready:
+                    del self._doubted[key.name]
         if ready:
             self._finish(key.name)
 
@@ -146,13 +180,20 @@ class Completion:
         """What the method reported, by tensor."""
         return {name: dict(self._figures[name]) for name in self._notes if self._figures.get(name)}
 
-    def settle(self, again: Callable[[BlockKey, frozenset[str]], bool] | None = None) -> list[BlockKey]:
+    def settle(
+        self, again: Callable[[BlockKey, frozenset[str]], bool] | None = None
+    ) -> list[tuple[BlockKey, Mend | None]]:
         """Let the doubted blocks stand, but for those that are to be merged `again`; these, in order."""
         doubted, self._doubted = self._doubted, {}
-        keys = [key for blocks in doubted.values() for key, doubts in blocks.items() if again and again(key, doubts)]
-        for key in keys:
+        found = [
+            (key, mend)
+            for blocks in doubted.values()
+            for key, (doubts, mend) in blocks.items()
+            if again and again(key, doubts)
+        ]
+        for key, _ in found:
             self._left[key.name] += key.stop - key.start
         for name in doubted:
             if self._left[name] == 0:
                 self._finish(name)
-        return sorted(keys, key=lambda key: (key.name, key.start))
+        return sorted(found, key=lambda item: (item[0].name, item[0].start))

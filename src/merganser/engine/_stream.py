@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from merganser import kernels
 from merganser._torch import torch
@@ -13,7 +17,7 @@ from merganser.engine._executor import Executor, LocalThreads
 from merganser.engine._sink import Completion, Sink
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError, Place
-from merganser.methods import AsMerged, Block, BlockKey, Context, Method
+from merganser.methods import AsMerged, Block, BlockKey, Context, Mend, Method
 
 __all__ = ["Stream"]
 
@@ -43,8 +47,10 @@ class _StreamContext(Context):
         self._stream = stream
         self._tensors = tensors
 
-    def only(self, name: str) -> Context:
-        return _StreamContext(self._stream, {name: self._tensors[name]}, self.seed)
+    def only(self, *names: str) -> Context:
+        return _StreamContext(
+            self._stream, {name: self._tensors[name] for name in names}, self.seed, stored=self.stored
+        )
 
     def each(
         self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False
@@ -186,7 +192,14 @@ class Stream:
                 if again:
                     completion.done(key)
                 else:
-                    completion.done(key, block.notes, block.figures, doubts=block.doubts)
+                    completion.done(
+                        key,
+                        block.notes,
+                        block.figures,
+                        doubts=block.doubts,
+                        mend=block.mend,
+                        stands=partial(method.stands, key.name, state),
+                    )
 
         for _ in self.executor_for(pending).map(lambda t: run(t, state), self.tasks(pending.values())):
             pass
@@ -194,11 +207,26 @@ class Stream:
         if revised is None:
             completion.settle()
         else:
-            keys = completion.settle(lambda key, doubts: method.repeats(key, doubts, revised))
-            tasks = ([key] for key in keys)
-            for _ in self.executor.map(lambda t: run(t, revised, again=True), tasks):
+            doubted = completion.settle(lambda key, doubts: method.repeats(key, doubts, revised))
+
+            def repeat(task: tuple[BlockKey, Mend | None]) -> None:
+                key, mend = task
+                if mend is not None and self._amend(sink, key, mend(revised)):
+                    completion.done(key)
+                else:
+                    run([key], revised, again=True)
+
+            for _ in self.executor.map(repeat, doubted):
                 pass
         return completion.figures(), method.memory(state)
+
+    def _amend(self, sink: Sink, key: BlockKey, changes: tuple[npt.NDArray[np.int32], torch.Tensor] | None) -> bool:
+        """Write some elements of a block that was written; false if that does not do."""
+        if changes is None or (self.reader.check_finite and kernels.count_nonfinite(changes[1])):
+            return False
+        places, values = changes
+        sink.amend(key.name, places.astype(np.int64) + key.start, values)
+        return True
 
     def executor_for(self, tensors: Mapping[str, TensorPlan]) -> Executor:
         """Fewer threads, where several whole tensors at once would exceed the memory budget."""

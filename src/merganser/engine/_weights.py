@@ -10,6 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from merganser._torch import torch
 from merganser.checkpoint import Shard, ShardWriter
 from merganser.engine._executor import LocalThreads
@@ -61,6 +64,11 @@ class WeightFiles:
         file = self._of[name].file
         for part in self._parts if output is None else (self._parts[output],):
             self._writers[part, file].write(name, start, piece)
+
+    def amend(self, name: str, positions: npt.NDArray[np.int64], values: torch.Tensor) -> None:
+        """Write single elements of a tensor."""
+        for part in self._parts:
+            self._writers[part, self._of[name].file].amend(name, positions, values)
 
     def finish(self, name: str, finished: Finished) -> None:
         """Digest a tensor whose elements are all written, and note that in the journal."""

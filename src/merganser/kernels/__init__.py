@@ -31,7 +31,7 @@ from merganser.kernels._arithmetic import (
 )
 from merganser.kernels._compiled import accelerate
 from merganser.kernels._convert import convert
-from merganser.kernels._disjoint import Combination, Disjoint, Dropped, Limits, Sum, variance
+from merganser.kernels._disjoint import Combination, Disjoint, Dropped, Elected, Limits, Sum, variance
 from merganser.kernels._random import (
     drop_draws,
     drop_mask,
@@ -60,6 +60,7 @@ __all__ = [
     "Combination",
     "Disjoint",
     "Dropped",
+    "Elected",
     "Limits",
     "Partials",
     "RankCounter",

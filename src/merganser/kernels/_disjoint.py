@@ -17,12 +17,15 @@ from merganser.kernels._compiled import loops
 from merganser.kernels._random import Drops
 from merganser.kernels._stored import Stored, Wall, addresses
 
-__all__ = ["Combination", "Disjoint", "Dropped", "Limits", "Sum", "variance"]
+__all__ = ["Combination", "Disjoint", "Dropped", "Elected", "Limits", "Sum", "variance"]
 
 _TILE = 1 << 13
 """Elements whose float64 copies stay in the cache."""
 
 _NONE = np.zeros((0, 2), dtype=np.int64)
+
+_FEW = 1 << 12
+"""Of so many elements one may cancel where positions are listed."""
 
 _TAKE = {"mean": 0, "sum": 1, "max": 2}
 _ALL = 3
@@ -35,6 +38,21 @@ Dropped: TypeAlias = "Sequence[tuple[Drops, float]]"
 
 Draws: TypeAlias = "tuple[npt.NDArray[np.uint8], np.uint64]"
 """What `keep_draws` returns."""
+
+
+@dataclass(frozen=True)
+class Elected:
+    """What an election of signs counted.
+
+    Attributes:
+        balance: how many more sums are positive than negative.
+        cancels: whether there are entries that are not zero but add up to zero.
+        places: the positions of these, in order; None if they are not few.
+    """
+
+    balance: int
+    cancels: bool
+    places: npt.NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Combination(ABC):
         *,
         counts: npt.NDArray[np.int64] | None = None,
         dropped: Dropped | None = None,
-    ) -> tuple[int, bool]:
+    ) -> Elected:
         """The merge of ``t_i = W_i - W_0`` of a block as files have it, rounded to its type, in its buffer.
 
         The bits are those of the merge of task vectors without the entries that do not count.
@@ -75,12 +93,11 @@ class Combination(ABC):
             stored: the block.
             limits: which entries count.
             counts: where it is given (models x 2), the numbers of magnitudes below each floor, and equal to it, are
-                added to it.
+                added to it; not beside `dropped`, `least` and ties.
             dropped: what is dropped at random before; nothing if None.
 
         Returns:
-            How many more sums are positive than negative, and whether there are entries that are not zero but add up
-            to zero; zeros where no sign is elected, or nothing is counted.
+            What was counted; nothing where no sign is elected, or signs are not counted.
 
         Complexity: one pass through memory at half the width.
         """
@@ -91,7 +108,8 @@ class Combination(ABC):
         rows = (limits.floors or [Wall(0.0)] * models, limits.caps or [Wall(np.inf)] * models, [least] * models)
         walls = np.array([[wall.value for wall in row] for row in rows[:2]], dtype=np.float32)
         ties = np.array([[wall.ties for wall in row] for row in rows], dtype=np.int64)
-        found = fast.merge_stored(
+        places = np.empty(stored.base.numel() // _FEW, dtype=np.int32)
+        balance, cancels, number = fast.merge_stored(
             addresses(stored.models),
             walls,
             ties,
@@ -101,8 +119,9 @@ class Combination(ABC):
             base,
             out,
             _NONE if counts is None else counts,
+            places,
         )
-        return int(found[0]), bool(found[1])
+        return Elected(int(balance), bool(cancels), None if number > places.size else places[:number])
 
     def merge_ranked(
         self,

@@ -1,7 +1,7 @@
 """The merge methods, one file each, and the registry that knows them by name."""
 
 from merganser.methods._base import About, Method
-from merganser.methods._block import Block, BlockKey, Context, TransformedBlock, TransformedContext
+from merganser.methods._block import Block, BlockKey, Context, Mend, TransformedBlock, TransformedContext
 from merganser.methods._compose import AsMerged, Composed
 from merganser.methods._options import (
     Tensors,
@@ -25,6 +25,7 @@ __all__ = [
     "Choice",
     "Composed",
     "Context",
+    "Mend",
     "Method",
     "Search",
     "Sequential",

@@ -206,6 +206,16 @@ class Method(ABC):
         """The merged elements of one block for each of `outputs`, or one tensor that is the same in all."""
         return (self.merge(block, state),)
 
+    def stands(self, name: str, state: State, notes: Mapping[str, int]) -> bool:
+        """Whether a tensor that is merged, and of which blocks are doubted, stands, so that it need not be reviewed.
+
+        Args:
+            name: the tensor.
+            state: the state.
+            notes: the counts of its blocks.
+        """
+        return False
+
     def review(self, state: State, notes: Mapping[str, int]) -> State | None:
         """After the merge: None if every block stands, or the state with which the doubted ones are merged again."""
         return None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.errors import MerganserError
 
-__all__ = ["Block", "BlockKey", "Context", "Transform", "TransformedBlock", "TransformedContext"]
+__all__ = ["Block", "BlockKey", "Context", "Mend", "Transform", "TransformedBlock", "TransformedContext"]
 
 T = TypeVar("T")
 
@@ -24,6 +27,12 @@ class BlockKey:
     name: str
     start: int
     stop: int
+
+
+Mend: TypeAlias = "Callable[[Any], tuple[npt.NDArray[np.int32], torch.Tensor] | None]"
+"""Called with the state that `Method.review` returns: positions in the block, and what belongs there, in the type that
+is written; None if the block must be merged again.
+"""
 
 
 class Block(ABC):
@@ -110,8 +119,13 @@ class Block(ABC):
         """Add to a count of the whole pass, which `Method.review` receives."""
 
     @abstractmethod
-    def doubt(self, reason: str = "") -> None:
-        """Mark this block's result as one that `Method.review` may ask to be computed again, for some reason."""
+    def doubt(self, reason: str = "", mend: Mend | None = None) -> None:
+        """Mark this block's result as one that `Method.review` may ask to be computed again, for some reason.
+
+        Args:
+            reason: why.
+            mend: what can be done instead.
+        """
 
     def stored(self) -> kernels.Stored | None:
         """Base and models as files have them, where there are loops for that; None elsewhere, and for changed models.
@@ -155,8 +169,8 @@ class Context(ABC):
         return sum(spec.numel for spec in self.specs.values())
 
     @abstractmethod
-    def only(self, name: str) -> Context:
-        """The same for one tensor alone."""
+    def only(self, *names: str) -> Context:
+        """The same for some tensors alone."""
 
     @abstractmethod
     def each(
@@ -245,8 +259,8 @@ class TransformedBlock(Block):
         """Add to a count of the pass."""
         self._inner.note(name, amount)
 
-    def doubt(self, reason: str = "") -> None:
-        """Mark the result as provisional."""
+    def doubt(self, reason: str = "", mend: Mend | None = None) -> None:
+        """Mark the result as provisional; what is inside another method cannot be mended."""
         self._inner.doubt(reason)
 
 
@@ -259,9 +273,9 @@ class TransformedContext(Context):
         self._inner = inner
         self._transform = transform
 
-    def only(self, name: str) -> Context:
-        """The same for one tensor."""
-        return TransformedContext(self._inner.only(name), self._transform)
+    def only(self, *names: str) -> Context:
+        """The same for some tensors."""
+        return TransformedContext(self._inner.only(*names), self._transform)
 
     def each(
         self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = False

@@ -29,9 +29,9 @@ class AsMerged(Context):
         self.counters = inner.counters
         self._inner = inner
 
-    def only(self, name: str) -> Context:
-        """The same for one tensor."""
-        return AsMerged(self._inner.only(name))
+    def only(self, *names: str) -> Context:
+        """The same for some tensors."""
+        return AsMerged(self._inner.only(*names))
 
     def each(
         self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = True
@@ -110,6 +110,10 @@ class Composed(Method):
         """The passes of the inner method."""
         return self.inner.prepare(context)
 
+    def stands(self, name: str, state: State, notes: Mapping[str, int]) -> bool:
+        """What the inner method says."""
+        return self.inner.stands(name, state, notes)
+
     def review(self, state: State, notes: Mapping[str, int]) -> State | None:
         """What the inner method says."""
         return self.inner.review(state, notes)
@@ -132,6 +136,10 @@ class Around:
 
 class Staged(Composed):
     """A method around another one whose state is an `Around`."""
+
+    def stands(self, name: str, state: Around, notes: Mapping[str, int]) -> bool:
+        """What the inner method says."""
+        return state.inner is not None and self.inner.stands(name, state.inner, notes)
 
     def review(self, state: Around, notes: Mapping[str, int]) -> Around | None:
         """What the inner method says."""

@@ -14,14 +14,16 @@ from merganser import kernels
 from merganser.methods._block import Block, BlockKey, Context
 from merganser.methods._select import Tally, Threshold, Values, exact_thresholds, task_vectors
 
-__all__ = ["tensor_thresholds"]
+__all__ = ["Guess", "tensor_guesses", "tensor_thresholds"]
 
 _SHARE = 1 / 16
 _SAMPLED_FROM = 1 << 17
-_ENOUGH = 1 << 17
-"""Entries of a sample that are sorted: twice as many or fewer."""
+_ENOUGH, _SORTED = 1 << 20, 1 << 17
+"""Entries of a sample of each model, and of those that are sorted: twice as many or fewer."""
 
 _DEVIATIONS = 6.0
+_CLEAR_DEVIATIONS = 1.5
+"""Standard deviations of a rank in a sample: for an interval that is to hold a threshold, and for a clear one."""
 
 Array = npt.NDArray[np.floating]
 Interval = tuple[float, float]
@@ -31,8 +33,26 @@ Kept = Callable[[str, Sequence[int]], "Sequence[Sequence[int]]"]
 """For a tensor and the number of its nonzero entries in each model: how many to keep in each model."""
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What a sample says of the thresholds of a tensor.
+
+    Attributes:
+        intervals: for each model where each of its thresholds is sought.
+        clear: for each model each of its thresholds, where so many magnitudes are equal that ranks on both sides have
+            it, too; None elsewhere. A sample errs now and then: be sure before you rely on it.
+    """
+
+    intervals: Sequence[Sequence[Interval]]
+    clear: Sequence[Sequence[float | None]]
+
+
 def tensor_thresholds(
-    context: Context, kept: Kept, values: Values = task_vectors, models: int | None = None
+    context: Context,
+    kept: Kept,
+    values: Values = task_vectors,
+    models: int | None = None,
+    guesses: Mapping[str, Guess] | None = None,
 ) -> dict[str, list[tuple[Threshold, ...]]]:
     """For every tensor what `exact_thresholds` of that tensor alone returns.
 
@@ -45,14 +65,15 @@ def tensor_thresholds(
         kept: how many entries to keep.
         values: what is ranked by magnitude.
         models: how many task vectors are ranked; all models' if None.
+        guesses: of `tensor_guesses`, where it was called before.
 
-    Complexity: one pass and 1/16 of one. Memory: the entries inside the intervals of a few tensors.
+    Complexity: one pass, and 1/16 of one for the sample. Memory: the entries inside the intervals of a few tensors.
     """
     count = context.models if models is None else models
-    intervals = _intervals(context, kept, values, count)
+    sampled = tensor_guesses(context, kept, values, count) if guesses is None else guesses
 
     def count_block(block: Block) -> list[_Piece]:
-        return list(_pieces(block, intervals[block.key.name], values))
+        return list(_pieces(block, sampled[block.key.name].intervals, values))
 
     found: dict[str, list[tuple[Threshold, ...]]] = {}
     name, seen = "", _Tensor([])
@@ -183,30 +204,45 @@ def _ranked_from_above(parts: Sequence[_Inside], rank: int) -> float | None:
     return float(values[order[place]]) if rank >= 1 and place < order.size else None
 
 
-def _intervals(context: Context, kept: Kept, values: Values, models: int) -> Mapping[str, list[list[Interval]]]:
-    """Where the thresholds of every tensor are sought: everywhere in small ones."""
-    everywhere: Interval = (0.0, math.inf)
+def tensor_guesses(
+    context: Context, kept: Kept, values: Values = task_vectors, models: int | None = None
+) -> dict[str, Guess]:
+    """What a sample says of the thresholds of every tensor; nothing of small ones, whose intervals hold everything.
+
+    The arguments are those of `tensor_thresholds`.
+
+    Complexity: 1/16 of a pass; none without large tensors.
+    """
+    count = context.models if models is None else models
     large = {name: spec for name, spec in context.specs.items() if spec.numel >= _SAMPLED_FROM}
     result = {
-        name: [[everywhere] * len(numbers) for numbers in kept(name, [spec.numel] * models)]
+        name: Guess(
+            [[(0.0, math.inf)] * len(numbers) for numbers in wanted], [[None] * len(numbers) for numbers in wanted]
+        )
         for name, spec in context.specs.items()
         if name not in large
+        for wanted in [kept(name, [spec.numel] * count)]
     }
 
     def sample(block: Block) -> list[Array]:
         if block.key.name not in large:
             return []
         step = int(block.spec.numel * _SHARE / _ENOUGH) | 1  # odd, so that no columns are preferred
-        return [np.abs(numbers[::step].cpu().numpy()) for numbers in values(block, range(models))]
+        return [np.abs(numbers[::step].cpu().numpy()) for numbers in values(block, range(count))]
 
-    def found(blocks: Iterable[tuple[BlockKey, list[Array]]], name: str) -> list[list[Interval]]:
-        sorted_ = [np.sort(np.concatenate(own)) for own in zip(*(magnitudes for _, magnitudes in blocks), strict=True)]
+    def found(blocks: Iterable[tuple[BlockKey, list[Array]]], name: str) -> Guess:
+        samples = [np.concatenate(own) for own in zip(*(magnitudes for _, magnitudes in blocks), strict=True)]
         numel = large[name].numel
-        nonzero = [round(np.count_nonzero(own) / own.size * numel) for own in sorted_]
-        return [
-            [_interval(own, count / numel) for count in numbers]
-            for own, numbers in zip(sorted_, kept(name, nonzero), strict=True)
-        ]
+        nonzero = [round(np.count_nonzero(own) / own.size * numel) for own in samples]
+        shares = [[number / numel for number in numbers] for numbers in kept(name, nonzero)]
+        sorted_ = [np.sort(own[:: own.size // _SORTED | 1]) for own in samples]
+        return Guess(
+            [[_interval(own, share) for share in wanted] for own, wanted in zip(sorted_, shares, strict=True)],
+            [
+                [_clear(own, in_order, share) for share in wanted]
+                for own, in_order, wanted in zip(samples, sorted_, shares, strict=True)
+            ],
+        )
 
     # the sample of one tensor at a time is held
     passed = context.each(sample, share=_SHARE) if large else iter(())
@@ -214,6 +250,18 @@ def _intervals(context: Context, kept: Kept, values: Values, models: int) -> Map
         if name in large:
             result[name] = found(blocks, name)
     return result
+
+
+def _clear(sample: Array, in_order: Array, share: float) -> float | None:
+    """The magnitude that is the threshold in all likelihood, if there is one."""
+    if not 0 < share < 1:
+        return None
+    found = in_order[min(int((1 - share) * in_order.size), in_order.size - 1)]
+    margin = _CLEAR_DEVIATIONS * math.sqrt(share * (1 - share) * sample.size)
+    below = np.count_nonzero(sample < found)
+    upto = below + np.count_nonzero(sample == found)
+    clear = (not found or below + margin < (1 - share) * sample.size) and (1 - share) * sample.size < upto - margin
+    return float(found) if clear else None
 
 
 def _interval(sample: Array, share: float) -> Interval:

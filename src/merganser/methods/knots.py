@@ -84,9 +84,9 @@ class _AlignedContext(Context):
         self._inner = inner
         self._bases = bases
 
-    def only(self, name: str) -> Context:
-        """The same for one matrix."""
-        return _AlignedContext(self._inner.only(name), self._bases, {name: self.specs[name]})
+    def only(self, *names: str) -> Context:
+        """The same for some matrices."""
+        return _AlignedContext(self._inner.only(*names), self._bases, {name: self.specs[name] for name in names})
 
     def each(
         self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = True

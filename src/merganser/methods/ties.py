@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method
-from merganser.methods._block import Block, BlockKey, Context
+from merganser.methods._block import Block, BlockKey, Context, Mend
 from merganser.methods._options import option, per_model
 from merganser.methods._select import Threshold, clear_thresholds, exact_thresholds, magnitude_thresholds
-from merganser.methods._tensor_select import tensor_thresholds
+from merganser.methods._tensor_select import tensor_guesses, tensor_thresholds
 
 __all__ = ["Ties", "TiesState"]
 
@@ -25,23 +27,29 @@ _THRESHOLD, _SIGN = "threshold", "sign"
 """Why a block is doubted: a threshold was presumed; entries cancel, and the majority sign was estimated."""
 
 
+Region: TypeAlias = "str | None"
+"""What a threshold and a majority sign belong to: a tensor, or the whole model (None)."""
+
+Thresholds: TypeAlias = "dict[Region, tuple[Threshold, ...]]"
+
+
 @dataclass(frozen=True)
 class TiesState:
     """What earlier passes found.
 
     Attributes:
-        thresholds: per tensor, or under None for the whole model: one per model.
+        thresholds: of every region: one per model.
         majority: the sign that replaces an elected sign of 0.
-        ranks: of the thresholds, where they are only presumed.
-        again: finds what is presumed out.
+        ranks: of the thresholds that are only presumed.
+        certain: finds out what was presumed of some regions.
         wrong: of a state that is revised: the regions of which blocks are merged again, and why.
     """
 
-    thresholds: Mapping[str | None, tuple[Threshold, ...]]
-    majority: Mapping[str | None, int]
-    ranks: Sequence[int] | None = None
-    again: Callable[[], TiesState] | None = None
-    wrong: Mapping[str | None, str] = field(default_factory=dict)
+    thresholds: Mapping[Region, tuple[Threshold, ...]]
+    majority: Mapping[Region, int] = field(default_factory=dict)
+    ranks: Mapping[Region, Sequence[int]] = field(default_factory=dict)
+    certain: Callable[[Collection[Region]], TiesState] | None = None
+    wrong: Mapping[Region, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,32 +108,27 @@ class Ties(Method, name="ties"):
 
         Where the thresholds are clear from a sample, the merge counts whether they are right, and `review` sees to it.
         """
-        if self.trim == "tensor":
-            return self._with_majority(context, TiesState(self._tensor_thresholds(context), majority={}))
-        ranks = self._ranks(context)
-        trims = all(n < context.numel for n in self._kept(context.numel, context.models))
-        presumes = context.stored and trims and self.count == "authors"
-        clear = clear_thresholds(context, ranks) if presumes else None
-        if clear is None:
-            return self._with_majority(context, TiesState({None: self._thresholds(context)}, majority={}))
-        presumed = TiesState({None: tuple(map(Threshold, clear))}, majority={}, ranks=ranks)
-        return self._with_majority(context, replace(presumed, again=lambda: self._certain(context)))
+        thresholds, ranks = self._thresholds(context, presume=context.stored and self.count == "authors")
+        state = TiesState(thresholds, ranks=ranks, certain=lambda regions: self._certain(context, regions))
+        return self._with_majority(context, state)
 
-    def _certain(self, context: Context) -> TiesState:
-        """The state that needs no review."""
-        return self._with_majority(context, TiesState({None: self._thresholds(context)}, majority={}), certain=True)
+    def _certain(self, context: Context, regions: Collection[Region]) -> TiesState:
+        """The state of some regions that needs no review."""
+        part = context if self.trim == "model" else context.only(*(name for name in regions if name is not None))
+        thresholds, _ = self._thresholds(part, presume=False)
+        return self._with_majority(part, TiesState(thresholds), certain=True)
 
     def _with_majority(self, context: Context, state: TiesState, *, certain: bool = False) -> TiesState:
         if self.zero_sign == "positive":
             return replace(state, majority=dict.fromkeys(state.thresholds, 1))
         sampled = context.numel > 64 * kernels.CHUNK and self.count == "authors" and not certain
         share = (_SAMPLE if self.trim == "model" else _SAMPLE_OF_TENSORS) if sampled else 1.0
-        balances: Counter[str | None] = Counter()
+        balances: Counter[Region] = Counter()
         for key, balance in context.each(lambda block: self._balance(block, state), share=share):
             balances[self._region(key)] += balance
         return replace(state, majority={region: _sign(balances[region]) for region in state.thresholds})
 
-    def _region(self, key: BlockKey) -> str | None:
+    def _region(self, key: BlockKey) -> Region:
         """What a block's threshold and majority belong to: a tensor, or the whole model (None)."""
         return None if self.trim == "model" else key.name
 
@@ -133,31 +136,58 @@ class Ties(Method, name="ties"):
         """How many entries of each model are kept, without the authors' one more."""
         return [int(numel * per_model(self.density, index)) for index in range(models)]
 
-    def _ranks(self, context: Context) -> list[int]:
+    def _ranks(self, numel: int, models: int) -> list[int]:
         """Of the thresholds: the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1."""
-        numel = context.numel
-        return [min(max(0, numel - n - 1), numel - 1) for n in self._kept(numel, context.models)]
+        return [min(max(0, numel - n - 1), numel - 1) for n in self._kept(numel, models)]
 
-    def _thresholds(self, context: Context) -> tuple[Threshold, ...]:
+    def _thresholds(self, context: Context, *, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
+        """Those of all regions, and the ranks of those that are presumed, if they may be."""
+        whole: Thresholds = {}
+        for region, numel in self._sizes(context).items():
+            if all(n >= numel for n in self._kept(numel, context.models)):
+                whole[region] = (Threshold(0.0),) * context.models
+        if self.trim == "model":
+            return (whole, {}) if whole else self._of_model(context, presume)
+        trimmed = [name for name in context.specs if name not in whole]
+        thresholds, ranks = self._of_tensors(context.only(*trimmed), presume) if trimmed else ({}, {})
+        return whole | thresholds, ranks
+
+    def _sizes(self, context: Context) -> dict[Region, int]:
+        if self.trim == "model":
+            return {None: context.numel}
+        return {name: spec.numel for name, spec in context.specs.items()}
+
+    def _of_model(self, context: Context, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
         numel = context.numel
-        kept = self._kept(numel, context.models)
-        if all(n >= numel for n in kept):
-            return (Threshold(0.0),) * len(kept)
+        kept, ranks = self._kept(numel, context.models), self._ranks(numel, context.models)
+        clear = clear_thresholds(context, ranks) if presume and all(n < numel for n in kept) else None
+        if clear is not None:
+            return {None: tuple(map(Threshold, clear))}, {None: ranks}
         if self.count == "exact":
-            return tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))
-        values = magnitude_thresholds(context, self._ranks(context))
+            return {None: tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))}, {}
+        values = magnitude_thresholds(context, ranks)
         values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
-        return tuple(Threshold(value) for value in values)
+        return {None: tuple(map(Threshold, values))}, {}
 
-    def _tensor_thresholds(self, context: Context) -> dict[str | None, tuple[Threshold, ...]]:
+    def _of_tensors(self, context: Context, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
         more = 0 if self.count == "exact" else 1
         counts = {
             name: [[n + more] for n in self._kept(spec.numel, context.models)] for name, spec in context.specs.items()
         }
-        found = tensor_thresholds(context, lambda name, nonzero: counts[name])
-        if self.count == "exact":
-            return {name: tuple(own for (own,) in thresholds) for name, thresholds in found.items()}
-        return {name: tuple(Threshold(own.value) for (own,) in thresholds) for name, thresholds in found.items()}
+        thresholds: Thresholds = {}
+        ranks: dict[Region, list[int]] = {}
+        guesses = tensor_guesses(context, lambda name, nonzero: counts[name])
+        for name, guess in guesses.items() if presume else ():
+            clear = [value for (value,) in guess.clear if value is not None]
+            if len(clear) == context.models:
+                thresholds[name] = tuple(map(Threshold, clear))
+                ranks[name] = self._ranks(context.specs[name].numel, context.models)
+        if open_ := [name for name in context.specs if name not in thresholds]:
+            found = tensor_thresholds(context.only(*open_), lambda name, nonzero: counts[name], guesses=guesses)
+            for name, own in found.items():
+                exact = tuple(threshold for (threshold,) in own)
+                thresholds[name] = exact if self.count == "exact" else tuple(Threshold(t.value) for t in exact)
+        return thresholds, ranks
 
     def election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
         """The merge of what is left."""
@@ -177,6 +207,9 @@ class Ties(Method, name="ties"):
 
     def _balance(self, block: Block, state: TiesState) -> int:
         """How many more sums of task vectors are positive than negative."""
+        if (stored := block.stored()) is not None:
+            limits = self._limits(block, state)
+            return self.election(block.weights, 1).merge_stored(stored, limits).balance
         vectors, floors = self._vectors(block, state)
         return kernels.balance(self.election(block.weights, 1).total(vectors, floors, block.buffer("total")))[0]
 
@@ -194,44 +227,84 @@ class Ties(Method, name="ties"):
         self, block: Block, stored: kernels.Stored, state: TiesState, dropped: kernels.Dropped | None = None
     ) -> torch.Tensor:
         """The merge of one block as files have it, of which entries are dropped at random before."""
-        floors = [threshold.wall(block.key) for threshold in state.thresholds[self._region(block.key)]]
-        counts = None if state.ranks is None else np.zeros((len(floors), 2), dtype=np.int64)
+        region = self._region(block.key)
+        limits = self._limits(block, state)
+        counts = np.zeros((len(block.weights), 2), dtype=np.int64) if region in state.ranks else None
         election = self._election_of(block, state)
-        found = election.merge_stored(stored, kernels.Limits(floors), counts=counts, dropped=dropped)
-        self._count(block, election, *found)
+        found = election.merge_stored(stored, limits, counts=counts, dropped=dropped)
+        mends = found.cancels and dropped is None and all(floor.ties < 0 for floor in limits.floors or ())
+        mend = self._mend(block, stored, limits, found.places) if mends and found.places is not None else None
+        self._count(block, election, found.balance, found.cancels, mend)
         if counts is not None:
             for index, (below, equal) in enumerate(counts.tolist()):
-                block.note(f"below {index}", below)
-                block.note(f"equal {index}", equal)
+                block.note(_note(f"below {index}", region), below)
+                block.note(_note(f"equal {index}", region), equal)
             block.doubt(_THRESHOLD)
         return stored.out
+
+    def _limits(self, block: Block, state: TiesState) -> kernels.Limits:
+        return kernels.Limits([own.wall(block.key) for own in state.thresholds[self._region(block.key)]])
+
+    def _mend(
+        self, block: Block, stored: kernels.Stored, limits: kernels.Limits, places: npt.NDArray[np.int32]
+    ) -> Mend:
+        """What entries that cancel become by each sign."""
+        region, at = self._region(block.key), torch.from_numpy(places).long()
+        merged: dict[int, torch.Tensor] = {}
+        for sign in (-1, 0, 1):
+            merged[sign] = torch.empty(len(at), dtype=stored.out.dtype)
+            part = kernels.Stored(stored.base[at], [model[at] for model in stored.models], merged[sign])
+            self.election(block.weights, sign).merge_stored(part, limits)
+
+        def mend(revised: TiesState) -> tuple[npt.NDArray[np.int32], torch.Tensor] | None:
+            if revised.wrong[region] == _THRESHOLD:
+                return None
+            return places, merged[revised.majority[region]]
+
+        return mend
 
     def _election_of(self, block: Block, state: TiesState) -> kernels.Disjoint:
         return self.election(block.weights, state.majority[self._region(block.key)])
 
-    def _count(self, block: Block, election: kernels.Disjoint, balance: int, doubtful: bool) -> None:
+    def _count(
+        self, block: Block, election: kernels.Disjoint, balance: int, cancels: bool, mend: Mend | None = None
+    ) -> None:
         """Note what the majority sign depends on."""
         if election.counted:
-            block.note(_note(self._region(block.key)), balance)
-            if doubtful:
-                block.doubt(_SIGN)
+            block.note(_note("balance", self._region(block.key)), balance)
+            if cancels:
+                block.doubt(_SIGN, mend)
 
     def buffers(self, models: int) -> int:
         """One per model, and four for signs, magnitudes, counts and masks."""
         return models + 4
 
+    def _doubt(self, region: Region, state: TiesState, notes: Mapping[str, int]) -> str | None:
+        """What of a region that has been merged was presumed or estimated wrongly."""
+        for index, rank in enumerate(state.ranks.get(region, ())):
+            below, equal = (notes[_note(f"{what} {index}", region)] for what in ("below", "equal"))
+            if not below <= rank < below + equal:
+                return _THRESHOLD
+        wrong = self.zero_sign == "majority" and _majority(region, notes) != state.majority[region]
+        return _SIGN if wrong else None
+
+    def stands(self, name: str, state: TiesState, notes: Mapping[str, int]) -> bool:
+        """Where the trim is per tensor, and nothing of the tensor was wrong."""
+        return self.trim == "tensor" and self._doubt(name, state, notes) is None
+
     def review(self, state: TiesState, notes: Mapping[str, int]) -> TiesState | None:
-        """Whether the thresholds were presumed and the majority sign was estimated correctly."""
-        for index, rank in enumerate(state.ranks or ()):
-            below = notes[f"below {index}"]
-            if not below <= rank < below + notes[f"equal {index}"]:
-                assert state.again is not None
-                return replace(state.again(), wrong={None: _THRESHOLD})
-        if self.zero_sign == "positive":
+        """Whether the thresholds were presumed and the majority signs were estimated correctly."""
+        wrong = {region: why for region in state.thresholds if (why := self._doubt(region, state, notes))}
+        if not wrong:
             return None
-        majority = {region: _sign(notes.get(_note(region), 0)) for region in state.majority}
-        wrong = {region: _SIGN for region, sign in majority.items() if sign != state.majority[region]}
-        return replace(state, majority=majority, wrong=wrong) if wrong else None
+        thresholds, majority = dict(state.thresholds), dict(state.majority)
+        majority |= {region: _majority(region, notes) for region, why in wrong.items() if why == _SIGN}
+        if missed := [region for region, why in wrong.items() if why == _THRESHOLD]:
+            assert state.certain is not None
+            found = state.certain(missed)
+            thresholds |= found.thresholds
+            majority |= found.majority
+        return TiesState(thresholds, majority, wrong=wrong)
 
     def repeats(self, key: BlockKey, doubts: frozenset[str], revised: TiesState) -> bool:
         """Where a threshold was wrong; where the majority sign was, if entries cancel."""
@@ -239,8 +312,12 @@ class Ties(Method, name="ties"):
         return reason == _THRESHOLD or reason in doubts
 
 
-def _note(region: str | None) -> str:
-    return "balance" if region is None else f"balance of {region}"
+def _note(what: str, region: Region) -> str:
+    return what if region is None else f"{what} of {region}"
+
+
+def _majority(region: Region, notes: Mapping[str, int]) -> int:
+    return _sign(notes.get(_note("balance", region), 0))
 
 
 def _sign(value: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from merganser.kernels._loops._jit import TILE, Array, compiled, float32_pointer, vector_at
 
-__all__ = ["Rule", "combine", "disjoint", "mask_tile", "variance", "variance_tile"]
+__all__ = ["Rule", "cancelled_tile", "combine", "disjoint", "mask_tile", "variance", "variance_tile"]
 
 Rule: TypeAlias = "tuple[Array, int, int, bool, float]"
 """What becomes of vectors.
@@ -20,8 +20,8 @@ Rule: TypeAlias = "tuple[Array, int, int, bool, float]"
 - The scale of the merge.
 """
 
-_ALL = 3
-"""Of what is taken: the sum of all entries, without an election."""
+_LARGEST, _ALL = 2, 3
+"""Of what is taken: the largest of what agrees; the sum of all entries, without an election."""
 
 
 @compiled
@@ -55,7 +55,13 @@ def combine(vectors: Array, count: int, rule: Rule, base: Array, out: Array, roo
         if weight != np.float32(1):
             for j in range(count):
                 vector[j] *= weight
-    return _elect(vectors, count, table[1], table[2], take, zero, counted, scale, base, out, room)
+    factors, sizes = table[1], table[2]
+    if len(vectors) == 2 and take != _LARGEST:
+        one, other = vectors[0], vectors[1]
+        found = _elect_of_two(one, other, count, factors, sizes, take, zero, scale, base, out)
+    else:
+        found = _elect(vectors, count, factors, sizes, take, zero, scale, base, out, room)
+    return found if counted else (0, False)
 
 
 @compiled
@@ -66,7 +72,6 @@ def _elect(
     sizes: Array,
     take: int,
     zero: int,
-    counted: bool,
     scale: float,
     base: Array,
     out: Array,
@@ -81,28 +86,19 @@ def _elect(
         vector = vectors[k]
         for j in range(count):
             total[j] += vector[j]
+            mass[j] += abs(vector[j])
     balance, doubt = np.int32(0), np.int32(0)
-    # the sign that is elected is kept in place of the sum
-    if zero > 0 and not counted:
-        for j in range(count):
-            total[j] = -one if total[j] < none else one
-    else:
-        for k in range(len(vectors)):
-            vector = vectors[k]
-            for j in range(count):
-                mass[j] += abs(vector[j])
-        for j in range(count):
-            # int32 again, for Numba makes it int64, and half as many would be counted at a time
-            balance = np.int32(balance + np.int32(total[j] > none) - np.int32(total[j] < none))
-        for j in range(count):
-            doubt = np.int32(doubt | np.int32(np.int32(total[j] == none) & np.int32(mass[j] > none)))
-        for j in range(count):
-            undecided = zero_ if mass[j] > none else one
-            undecided = undecided if total[j] == none else one
-            total[j] = -one if total[j] < none else undecided
+    for j in range(count):
+        # the sign that is elected is kept in place of the sum; int32 again, for Numba makes it int64, and half as many
+        # would be counted at a time
+        sum_, cancels = total[j], np.int32(np.int32(total[j] == none) & np.int32(mass[j] > none))
+        balance = np.int32(balance + np.int32(sum_ > none) - np.int32(sum_ < none))
+        doubt = np.int32(doubt | cancels)
+        undecided = zero_ if cancels else one
+        total[j] = -one if sum_ < none else undecided
     for k in range(len(vectors)):
         vector, factor, added = vectors[k], factors[k], sizes[k]
-        if take == 2:
+        if take == _LARGEST:
             for j in range(count):
                 v = vector[j] * total[j] + none
                 merged[j] = merged[j] if v < merged[j] else v
@@ -117,7 +113,80 @@ def _elect(
             merged[j] /= one if divisor[j] == none else divisor[j]
     for j in range(count):
         out[j] = merged[j] * total[j] * scale_ + base[j]
-    return (int(balance), bool(doubt)) if counted else (0, False)
+    return int(balance), bool(doubt)
+
+
+@compiled
+def _elect_of_two(
+    first: Array,
+    second: Array,
+    count: int,
+    factors: Array,
+    sizes: Array,
+    take: int,
+    zero: int,
+    scale: float,
+    base: Array,
+    out: Array,
+) -> tuple[int, bool]:
+    """`_elect` of two vectors, for a mean or a sum, in one loop."""
+    none, one, scale_, zero_ = np.float32(0), np.float32(1), np.float32(scale), np.float32(zero)
+    balance, doubt, mean = np.int32(0), np.int32(0), take == 0
+    factor, factor_, size, size_ = factors[0], factors[1], sizes[0], sizes[1]
+    for j in range(count):
+        a, b = first[j], second[j]
+        sum_ = np.float32(none + a) + b
+        cancels = np.int32(np.int32(sum_ == none) & np.int32(abs(a) + abs(b) > none))
+        balance = np.int32(balance + np.int32(sum_ > none) - np.int32(sum_ < none))
+        doubt = np.int32(doubt | cancels)
+        undecided = zero_ if cancels else one
+        sign = -one if sum_ < none else undecided
+        a, b = a * sign, b * sign
+        a, b = none if a < none else a, none if b < none else b
+        merged = (none + a * factor) + b * factor_
+        if mean:
+            divisor = (none + (none if a == none else size)) + (none if b == none else size_)
+            merged /= one if divisor == none else divisor
+        out[j] = merged * sign * scale_ + base[j]
+    return int(balance), bool(doubt)
+
+
+@compiled
+def cancelled_tile(vectors: Array, count: int, start: int, room: Array, mask: Array, places: Array, number: int) -> int:
+    """Add the positions to a list where entries are not zero, but add up to zero.
+
+    Args:
+        vectors: trimmed and weighted ones, the rows of a matrix.
+        count: of their entries.
+        start: the position of the first.
+        room: two rows.
+        mask: bytes, a multiple of 8, as many as entries or more.
+        places: the list; what is beyond its end is only counted.
+        number: the positions that are in it already.
+
+    Returns:
+        The number of positions.
+    """
+    total, mass = room[0], room[1]
+    total[:count] = np.float32(0)
+    mass[:count] = np.float32(0)
+    for k in range(len(vectors)):
+        vector = vectors[k]
+        for j in range(count):
+            total[j] += vector[j]
+            mass[j] += abs(vector[j])
+    for j in range(count):
+        mask[j] = np.uint8(total[j] == np.float32(0)) & np.uint8(mass[j] > np.float32(0))
+    mask[count:] = 0
+    words = mask.view(np.uint64)
+    for word in range(words.size):
+        if words[word]:
+            for j in range(8 * word, 8 * word + 8):
+                if mask[j]:
+                    if number < places.size:
+                        places[number] = start + j
+                    number += 1
+    return number
 
 
 @compiled

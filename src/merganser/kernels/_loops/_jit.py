@@ -14,6 +14,7 @@ import numba.extending
 __all__ = [
     "TILE",
     "Array",
+    "bits_of",
     "cache_of",
     "compiled",
     "float32_of",
@@ -62,15 +63,21 @@ uint16_pointer = _intrinsic(_pointer("uint16"))
 """The same of 16-bit elements."""
 
 
-def _float32_of(context: Any, bits: Any) -> Any:
-    def generate(ctx: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ctx.get_value_type(signature.return_type))
+def _cast(given: str, wanted: str) -> Callable[[Any, Any], Any]:
+    def of(context: Any, value: Any) -> Any:
+        def generate(ctx: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], ctx.get_value_type(signature.return_type))
 
-    return _numba.types.float32(_numba.types.uint32), generate
+        return getattr(_numba.types, wanted)(getattr(_numba.types, given)), generate
+
+    return of
 
 
-float32_of = _intrinsic(_float32_of)
+float32_of = _intrinsic(_cast("uint32", "float32"))
 """The float32 that has these bits (uint32), in compiled code."""
+
+bits_of = _intrinsic(_cast("float32", "uint32"))
+"""The bits of a float32, in compiled code."""
 
 
 def cache_of(function: Callable[..., Any]) -> str:

@@ -7,11 +7,19 @@ from typing import TypeAlias
 import numpy as np
 
 from merganser.kernels._loops._convert import narrow_tile
-from merganser.kernels._loops._disjoint import Rule, combine, mask_tile
-from merganser.kernels._loops._jit import TILE, Array, compiled
+from merganser.kernels._loops._disjoint import Rule, cancelled_tile, combine, mask_tile
+from merganser.kernels._loops._jit import TILE, Array, compiled, uint16_pointer, vector_at
 from merganser.kernels._loops._random import keep
 from merganser.kernels._loops._ranks import rank_row
-from merganser.kernels._loops._tiles import deltas, drop_tile, select, which_stay
+from merganser.kernels._loops._tiles import (
+    delta_tile,
+    deltas,
+    drop_tile,
+    select,
+    trimmed_tile,
+    which_stay,
+    widen_tile,
+)
 
 __all__ = ["merge_ranked", "merge_stored"]
 
@@ -34,7 +42,8 @@ def merge_stored(
     base: Array,
     out: Array,
     counts: Array,
-) -> tuple[int, bool]:
+    places: Array,
+) -> tuple[int, bool, int]:
     """The merge of models less their base, rounded to bfloat16.
 
     Args:
@@ -48,41 +57,48 @@ def merge_stored(
         base: is added at last.
         out: receives the result.
         counts: where it has a row for each model, the magnitudes below its floor, and those that equal it, are added to
-            that.
+            that; not beside `least`, `drops` and floors that some magnitudes which equal them lie below.
+        places: receives the positions where entries cancel, as many as it has room for.
 
     Returns:
-        How many more sums are positive than negative, and whether entries cancel.
+        How many more sums are positive than negative, whether entries cancel, and in how many positions; of these only
+        some are counted that `places` has no room for.
     """
-    size, balance, doubt = base.size, 0, False
+    size, balance, doubt, cancelled = base.size, 0, False, 0
     draws, chances, keys, start = drops
     vectors, room = np.empty((addresses.size, TILE), np.float32), np.empty((4, TILE), np.float32)
     own, result, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
     mask, chosen = np.empty(TILE, np.uint32), np.empty(TILE, np.uint8)
+    trimmed, direct = np.zeros(addresses.size, np.bool_), len(draws) == 0 and least < 0
     for first in range(0, size, TILE):
         count = min(size - first, TILE)
-        deltas(addresses, size, first, count, base, own, vectors)
+        widen_tile(base[first : first + count], own)
+        for k in range(addresses.size):
+            raw = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count]
+            trimmed[k] = direct and ties[0, k] < 0 and (walls[0, k] > 0 or len(counts) > 0)
+            if trimmed[k]:
+                below, equal = trimmed_tile(raw, own, walls[0, k], vectors[k])
+                if len(counts):
+                    counts[k, 0] += below
+                    counts[k, 1] += equal
+            else:
+                delta_tile(raw, own, vectors[k])
         for k in range(len(draws)):
             own_draws = draws[k, first : first + count]
             drop_tile(vectors[k], count, own_draws, chances[k], start + first, keys[k], chosen)
-        for k in range(len(counts)):
-            vector, floor = vectors[k], walls[0, k]
-            below, equal = np.int32(0), np.int32(0)
-            for j in range(count):
-                below = np.int32(below + np.int32(abs(vector[j]) < floor))
-                equal = np.int32(equal + np.int32(abs(vector[j]) == floor))
-            counts[k, 0] += below
-            counts[k, 1] += equal
         if least >= 0:
             ties[2, 0] = select(vectors, count, least, ties[2, 0], total, result, mask)
         for k in range(addresses.size):
-            for side in range(2):
+            for side in range(1 if trimmed[k] else 0, 2):
                 if walls[0, k] > 0 if side == 0 else walls[1, k] < np.inf:
                     ties[side, k] = which_stay(vectors[k], count, walls[side, k], ties[side, k], side == 1, mask)
                     mask_tile(vectors[k], mask, count)
         found = combine(vectors, count, rule, own, result, room)
         balance, doubt = balance + found[0], doubt | found[1]
+        if found[1] and cancelled <= places.size:
+            cancelled = cancelled_tile(vectors, count, first, room, chosen, places, cancelled)
         narrow_tile(result.view(np.uint32)[:count], out[first : first + count])
-    return balance, doubt
+    return balance, doubt, cancelled
 
 
 @compiled

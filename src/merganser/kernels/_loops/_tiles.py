@@ -9,22 +9,45 @@ import numpy as np
 
 from merganser.kernels._loops._convert import widened
 from merganser.kernels._loops._disjoint import mask_tile, variance_tile
-from merganser.kernels._loops._jit import Array, compiled, uint16_pointer, vector_at
+from merganser.kernels._loops._jit import Array, bits_of, compiled, float32_of, uint16_pointer, vector_at
 from merganser.kernels._loops._random import drop
 
-__all__ = ["deltas", "drop_tile", "select", "which_stay"]
+__all__ = ["delta_tile", "deltas", "drop_tile", "select", "trimmed_tile", "which_stay", "widen_tile"]
+
+
+@compiled
+def widen_tile(raw: Array, out: Array) -> None:
+    """The base of a tile, float32."""
+    for j in range(raw.size):
+        out[j] = widened(raw[j])
+
+
+@compiled
+def delta_tile(raw: Array, own: Array, out: Array) -> None:
+    """A task vector of a tile, float32."""
+    for j in range(raw.size):
+        out[j] = widened(raw[j]) - own[j]
+
+
+@compiled
+def trimmed_tile(raw: Array, own: Array, floor: float, out: Array) -> tuple[int, int]:
+    """`delta_tile` with zeros for magnitudes below a floor; how many lie below it, and equal it."""
+    edge, below, equal = np.float32(floor), np.int32(0), np.int32(0)
+    for j in range(raw.size):
+        delta = np.float32(widened(raw[j]) - own[j])
+        below = np.int32(below + np.int32(abs(delta) < edge))
+        equal = np.int32(equal + np.int32(abs(delta) == edge))
+        out[j] = float32_of(bits_of(delta) & (np.uint32(abs(delta) < edge) - np.uint32(1)))
+    return int(below), int(equal)
 
 
 @compiled
 def deltas(addresses: Array, size: int, first: int, count: int, base: Array, own: Array, vectors: Array) -> None:
     """The task vectors of a tile, float32, in the rows of a matrix, and the base in `own`."""
-    minus = base[first : first + count]
-    for j in range(count):
-        own[j] = widened(minus[j])
+    widen_tile(base[first : first + count], own)
     for k in range(addresses.size):
-        raw, vector = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count], vectors[k]
-        for j in range(count):
-            vector[j] = widened(raw[j]) - own[j]
+        raw = vector_at(uint16_pointer(addresses[k]), size, np.uint16)[first : first + count]
+        delta_tile(raw, own, vectors[k])
 
 
 @compiled
