@@ -15,7 +15,7 @@ from merganser import kernels
 from merganser.engine import _commit, verify
 from merganser.engine._weights import WeightFiles
 from merganser.errors import NumericError
-from merganser.methods import Block, Context, _select, _tensor_select, ties
+from merganser.methods import Block, Context, _select, _tensor_select, _trim, ties
 from merganser.methods._select import Threshold
 from merganser.methods._tensor_select import Guess
 from tests.oracle.test_compiled import accelerated, same
@@ -195,7 +195,7 @@ def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: p
         presumed[:] = found if wrong is None else [found[0], found[1] * wrong, found[2]]
         return presumed
 
-    monkeypatch.setattr(ties, "clear_thresholds", clear)
+    monkeypatch.setattr(_trim, "clear_thresholds", clear)
     whole: list[float] = []
     exact = _select.magnitude_thresholds
 
@@ -203,7 +203,7 @@ def test_presumed_thresholds(wrong: float | None, zero_sign: str, monkeypatch: p
         whole[:] = exact(context, ranks)
         return whole
 
-    monkeypatch.setattr(ties, "magnitude_thresholds", thresholds)
+    monkeypatch.setattr(_trim, "magnitude_thresholds", thresholds)
     with accelerated(True):
         merged = merganser.merge(tuned, method="ties", base=base, zero_sign=zero_sign)
     assert presumed
@@ -242,8 +242,8 @@ def test_presumed_thresholds_of_tensors(wrong: float | None, zero_sign: str, mon
         return exact(context, *rest, **more)
 
     with monkeypatch.context() as patch, accelerated(True):
-        patch.setattr(ties, "tensor_guesses", guesses)
-        patch.setattr(ties, "tensor_thresholds", thresholds)
+        patch.setattr(_trim, "tensor_guesses", guesses)
+        patch.setattr(_trim, "tensor_thresholds", thresholds)
         merged = merganser.merge(tuned, base=base, **settings)
     assert counted == [{"small"}, *([{"w2"}] if wrong else [])]
     assert all(same(merged[name], expected[name]) for name in base)

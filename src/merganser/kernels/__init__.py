@@ -29,9 +29,10 @@ from merganser.kernels._arithmetic import (
     row_l1,
     trim_below_,
 )
+from merganser.kernels._combination import Combination, Dropped, Elected, Limits, Sum
 from merganser.kernels._compiled import accelerate
 from merganser.kernels._convert import convert
-from merganser.kernels._disjoint import Combination, Disjoint, Dropped, Elected, Limits, Sum, variance
+from merganser.kernels._disjoint import Disjoint, variance
 from merganser.kernels._random import (
     drop_draws,
     drop_mask,

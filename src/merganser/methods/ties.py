@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,9 @@ from merganser import kernels
 from merganser._torch import torch
 from merganser.methods._base import About, Method
 from merganser.methods._block import Block, BlockKey, Context, Mend
-from merganser.methods._options import option, per_model
-from merganser.methods._select import Threshold, clear_thresholds, exact_thresholds, magnitude_thresholds
-from merganser.methods._tensor_select import tensor_guesses, tensor_thresholds
+from merganser.methods._options import option
+from merganser.methods._select import Threshold
+from merganser.methods._trim import Region, Trim
 
 __all__ = ["Ties", "TiesState"]
 
@@ -25,12 +24,6 @@ _SAMPLE_OF_TENSORS = 1 / 16
 
 _THRESHOLD, _SIGN = "threshold", "sign"
 """Why a block is doubted: a threshold was presumed; entries cancel, and the majority sign was estimated."""
-
-
-Region: TypeAlias = "str | None"
-"""What a threshold and a majority sign belong to: a tensor, or the whole model (None)."""
-
-Thresholds: TypeAlias = "dict[Region, tuple[Threshold, ...]]"
 
 
 @dataclass(frozen=True)
@@ -108,14 +101,14 @@ class Ties(Method, name="ties"):
 
         Where the thresholds are clear from a sample, the merge counts whether they are right, and `review` sees to it.
         """
-        thresholds, ranks = self._thresholds(context, presume=context.stored and self.count == "authors")
+        thresholds, ranks = self._trim.thresholds(context, presume=context.stored and self.count == "authors")
         state = TiesState(thresholds, ranks=ranks, certain=lambda regions: self._certain(context, regions))
         return self._with_majority(context, state)
 
     def _certain(self, context: Context, regions: Collection[Region]) -> TiesState:
         """The state of some regions that needs no review."""
         part = context if self.trim == "model" else context.only(*(name for name in regions if name is not None))
-        thresholds, _ = self._thresholds(part, presume=False)
+        thresholds, _ = self._trim.thresholds(part, presume=False)
         return self._with_majority(part, TiesState(thresholds), certain=True)
 
     def _with_majority(self, context: Context, state: TiesState, *, certain: bool = False) -> TiesState:
@@ -125,69 +118,12 @@ class Ties(Method, name="ties"):
         share = (_SAMPLE if self.trim == "model" else _SAMPLE_OF_TENSORS) if sampled else 1.0
         balances: Counter[Region] = Counter()
         for key, balance in context.each(lambda block: self._balance(block, state), share=share):
-            balances[self._region(key)] += balance
+            balances[self._trim.region(key)] += balance
         return replace(state, majority={region: _sign(balances[region]) for region in state.thresholds})
 
-    def _region(self, key: BlockKey) -> Region:
-        """What a block's threshold and majority belong to: a tensor, or the whole model (None)."""
-        return None if self.trim == "model" else key.name
-
-    def _kept(self, numel: int, models: int) -> list[int]:
-        """How many entries of each model are kept, without the authors' one more."""
-        return [int(numel * per_model(self.density, index)) for index in range(models)]
-
-    def _ranks(self, numel: int, models: int) -> list[int]:
-        """Of the thresholds: the authors' k-th smallest (1-based) with k = d - kept has the 0-based rank k - 1."""
-        return [min(max(0, numel - n - 1), numel - 1) for n in self._kept(numel, models)]
-
-    def _thresholds(self, context: Context, *, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
-        """Those of all regions, and the ranks of those that are presumed, if they may be."""
-        whole: Thresholds = {}
-        for region, numel in self._sizes(context).items():
-            if all(n >= numel for n in self._kept(numel, context.models)):
-                whole[region] = (Threshold(0.0),) * context.models
-        if self.trim == "model":
-            return (whole, {}) if whole else self._of_model(context, presume)
-        trimmed = [name for name in context.specs if name not in whole]
-        thresholds, ranks = self._of_tensors(context.only(*trimmed), presume) if trimmed else ({}, {})
-        return whole | thresholds, ranks
-
-    def _sizes(self, context: Context) -> dict[Region, int]:
-        if self.trim == "model":
-            return {None: context.numel}
-        return {name: spec.numel for name, spec in context.specs.items()}
-
-    def _of_model(self, context: Context, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
-        numel = context.numel
-        kept, ranks = self._kept(numel, context.models), self._ranks(numel, context.models)
-        clear = clear_thresholds(context, ranks) if presume and all(n < numel for n in kept) else None
-        if clear is not None:
-            return {None: tuple(map(Threshold, clear))}, {None: ranks}
-        if self.count == "exact":
-            return {None: tuple(own for (own,) in exact_thresholds(context, [[n] for n in kept]))}, {}
-        values = magnitude_thresholds(context, ranks)
-        values = [0.0 if n >= numel else value for n, value in zip(kept, values, strict=True)]
-        return {None: tuple(map(Threshold, values))}, {}
-
-    def _of_tensors(self, context: Context, presume: bool) -> tuple[Thresholds, dict[Region, list[int]]]:
-        more = 0 if self.count == "exact" else 1
-        counts = {
-            name: [[n + more] for n in self._kept(spec.numel, context.models)] for name, spec in context.specs.items()
-        }
-        thresholds: Thresholds = {}
-        ranks: dict[Region, list[int]] = {}
-        guesses = tensor_guesses(context, lambda name, nonzero: counts[name])
-        for name, guess in guesses.items() if presume else ():
-            clear = [value for (value,) in guess.clear if value is not None]
-            if len(clear) == context.models:
-                thresholds[name] = tuple(map(Threshold, clear))
-                ranks[name] = self._ranks(context.specs[name].numel, context.models)
-        if open_ := [name for name in context.specs if name not in thresholds]:
-            found = tensor_thresholds(context.only(*open_), lambda name, nonzero: counts[name], guesses=guesses)
-            for name, own in found.items():
-                exact = tuple(threshold for (threshold,) in own)
-                thresholds[name] = exact if self.count == "exact" else tuple(Threshold(t.value) for t in exact)
-        return thresholds, ranks
+    @property
+    def _trim(self) -> Trim:
+        return Trim(self.density, self.trim == "tensor", self.count == "exact")
 
     def election(self, weights: Sequence[float], zero: int) -> kernels.Disjoint:
         """The merge of what is left."""
@@ -196,7 +132,7 @@ class Ties(Method, name="ties"):
 
     def _vectors(self, block: Block, state: TiesState) -> tuple[list[torch.Tensor], list[float]]:
         """The task vectors, and the magnitude from which on entries are kept."""
-        thresholds = state.thresholds[self._region(block.key)]
+        thresholds = state.thresholds[self._trim.region(block.key)]
         vectors, floors = block.deltas(), []
         for vector, threshold in zip(vectors, thresholds, strict=True):
             floor = threshold.floor(block.key, vector.dtype)
@@ -227,7 +163,7 @@ class Ties(Method, name="ties"):
         self, block: Block, stored: kernels.Stored, state: TiesState, dropped: kernels.Dropped | None = None
     ) -> torch.Tensor:
         """The merge of one block as files have it, of which entries are dropped at random before."""
-        region = self._region(block.key)
+        region = self._trim.region(block.key)
         limits = self._limits(block, state)
         counts = np.zeros((len(block.weights), 2), dtype=np.int64) if region in state.ranks else None
         election = self._election_of(block, state)
@@ -243,13 +179,13 @@ class Ties(Method, name="ties"):
         return stored.out
 
     def _limits(self, block: Block, state: TiesState) -> kernels.Limits:
-        return kernels.Limits([own.wall(block.key) for own in state.thresholds[self._region(block.key)]])
+        return kernels.Limits([own.wall(block.key) for own in state.thresholds[self._trim.region(block.key)]])
 
     def _mend(
         self, block: Block, stored: kernels.Stored, limits: kernels.Limits, places: npt.NDArray[np.int32]
     ) -> Mend:
         """What entries that cancel become by each sign."""
-        region, at = self._region(block.key), torch.from_numpy(places).long()
+        region, at = self._trim.region(block.key), torch.from_numpy(places).long()
         merged: dict[int, torch.Tensor] = {}
         for sign in (-1, 0, 1):
             merged[sign] = torch.empty(len(at), dtype=stored.out.dtype)
@@ -264,14 +200,14 @@ class Ties(Method, name="ties"):
         return mend
 
     def _election_of(self, block: Block, state: TiesState) -> kernels.Disjoint:
-        return self.election(block.weights, state.majority[self._region(block.key)])
+        return self.election(block.weights, state.majority[self._trim.region(block.key)])
 
     def _count(
         self, block: Block, election: kernels.Disjoint, balance: int, cancels: bool, mend: Mend | None = None
     ) -> None:
         """Note what the majority sign depends on."""
         if election.counted:
-            block.note(_note("balance", self._region(block.key)), balance)
+            block.note(_note("balance", self._trim.region(block.key)), balance)
             if cancels:
                 block.doubt(_SIGN, mend)
 
@@ -308,7 +244,7 @@ class Ties(Method, name="ties"):
 
     def repeats(self, key: BlockKey, doubts: frozenset[str], revised: TiesState) -> bool:
         """Where a threshold was wrong; where the majority sign was, if entries cancel."""
-        reason = revised.wrong.get(self._region(key))
+        reason = revised.wrong.get(self._trim.region(key))
         return reason == _THRESHOLD or reason in doubts
 
 
