@@ -38,6 +38,7 @@ from merganser.cli._common import (
     parse_size,
     settle_process,
 )
+from merganser.cli._planned import coverage, plan_data, rule_text, type_name
 from merganser.errors import UsageError, escape
 
 
@@ -154,7 +155,7 @@ def merge(
                 "out": str(outcome.out),
                 "seconds": outcome.seconds,
                 "bytes_written": plan.bytes_written,
-                "coverage": _coverage(plan),
+                "coverage": coverage(plan),
                 "report": outcome.report,
                 "search": dict(record),
                 "warnings": list(outcome.warnings),
@@ -239,18 +240,18 @@ def plan(
     if out is not None:
         check_output(Path(out), made, overwrite=overwrite)
     if json:
-        emit(_plan_data(made))
+        emit(plan_data(made))
         return
     for tensor in made.tensors if full else ():
         spec = tensor.spec
         shape = "x".join(map(str, spec.shape)) or "scalar"
-        print(f"{escape(spec.name)}  {shape}  {_dtype(spec.dtype)}  {_rule(tensor)}")
+        print(f"{escape(spec.name)}  {shape}  {type_name(spec.dtype)}  {rule_text(tensor)}")
     rules: dict[Any, list[Any]] = {}
     for tensor in made.tensors:
         rules.setdefault((tensor.method, tensor.weights, tensor.reason), []).append(tensor)
     for tensors in rules.values():
         size = format_size(sum(t.spec.nbytes for t in tensors))
-        print(f"{len(tensors):6d} tensors  {size:>8}  {_rule(tensors[0])}")
+        print(f"{len(tensors):6d} tensors  {size:>8}  {rule_text(tensors[0])}")
     for name, reason in made.omitted:
         print(f"left out: {escape(name)} ({escape(reason)})")
     print(f"read         {format_size(made.bytes_read)}")
@@ -263,59 +264,3 @@ def plan(
     print(f"files from   {escape(made.donor.label)}")
     for text in made.warnings:
         print(f"warning: {escape(text)}")
-
-
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _rule(tensor: Any) -> str:
-    from merganser.engine import describe_method
-
-    if tensor.method is None:
-        return f"copy: {escape(tensor.reason)}"
-    options = ", ".join(f"{key}={value}" for key, value in describe_method(tensor.method)["options"].items())
-    weights = ", ".join(f"{weight:g}" for weight in tensor.weights)
-    return f"{tensor.method.name}({options}) of {len(tensor.inputs)} models, weights {weights}"
-
-
-def _coverage(made: Any) -> dict[str, Any]:
-    return {
-        "merged": len(made.tensors) - len(made.copies()),
-        "copied": {t.spec.name: t.reason for t in made.copies()},
-        "left_out": dict(made.omitted),
-    }
-
-
-def _plan_data(made: Any) -> dict[str, Any]:
-    from merganser.engine import describe_method, is_layerwise
-
-    return {
-        "tensors": [
-            {
-                "name": t.spec.name,
-                "shape": list(t.spec.shape),
-                "dtype": _dtype(t.spec.dtype),
-                "bytes": t.spec.nbytes,
-                "rule": "copy" if t.method is None else t.method.name,
-                "options": None if t.method is None else describe_method(t.method)["options"],
-                "weights": list(t.weights),
-                "inputs": [{"file": i.checkpoint.place_of(i.name), "tensor": i.name} for i in t.inputs],
-                "base": t.base and {"file": t.base.checkpoint.place_of(t.base.name), "tensor": t.base.name},
-                "reason": t.reason,
-            }
-            for t in made.tensors
-        ],
-        "aliases": dict(made.aliases),
-        "left_out": dict(made.omitted),
-        "dtype": made.dtype_name(),
-        "bytes_read": made.bytes_read,
-        "bytes_written": made.bytes_written,
-        "peak_memory": made.peak_memory,
-        "seconds": None if is_layerwise(made.recipe) else made.seconds,
-        "threads": made.threads,
-        "block_elements": made.block_elements,
-        "files_from": made.donor.label,
-        "tokenizer_from": made.tokenizer.label,
-        "warnings": list(made.warnings),
-    }

@@ -12,6 +12,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.blocks import layer_of
 from merganser.engine._evidence import Evidence, open_evidence
+from merganser.engine._moments import Moments
 from merganser.errors import InputError, NumericError, Place
 from merganser.methods import Sequential, Visit
 from merganser.methods._matching import figures
@@ -257,29 +258,23 @@ class _Run:
             for name in names
         }
 
-    def _moments(self, index: int, names: tuple[str, ...], *, shared: bool) -> dict[str, _Moments]:
+    def _moments(self, index: int, names: tuple[str, ...], *, shared: bool) -> dict[str, Moments]:
         """Sums over all tokens of a task; weights that share their input share them."""
-        sums: dict[str, _Moments] = {}
+        sums: dict[str, Moments] = {}
         for batch in self._data[index]:
             inputs = self._walk.inputs(batch, names)
             if shared and self._method.follows:
                 self._walks[index].adopt(self._walk, batch)
             theirs = self._walks[index].inputs(batch, names) if self._method.follows else inputs
-            known: dict[tuple[int, bool], _Moments] = {}
+            known: dict[tuple[int, bool], Moments] = {}
             for name in names:
                 key = (id(inputs[name]), self._biased(name))
                 if key not in known:
-                    known[key] = self._products(inputs[name], theirs[name], biased=key[1])
+                    known[key] = Moments.of(
+                        inputs[name], theirs[name], self._walk.dtype, biased=key[1], follows=self._method.follows
+                    )
                 sums[name] = sums[name] + known[key] if name in sums else known[key]
         return sums
-
-    def _products(self, h: torch.Tensor, e: torch.Tensor, *, biased: bool) -> _Moments:
-        wide = h.to(self._walk.dtype)
-        gap = e.to(wide.dtype) - wide
-        if biased:
-            wide = torch.nn.functional.pad(wide, (0, 1), value=1.0)
-            gap = torch.nn.functional.pad(gap, (0, 1))
-        return _Moments(wide.mT @ wide, gap.mT @ wide if self._method.follows else gap.new_zeros(()), len(wide))
 
     def _matrix(self, walk: LayerWalk, name: str) -> torch.Tensor:
         """A weight, with its bias as a last column where biases are solved for."""
@@ -299,15 +294,3 @@ class _Run:
         finally:
             for name in names:
                 ours[name].copy_(kept[name])
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Sums over tokens: ``h h'``, ``(e - h) h'``, and their number."""
-
-    gram: torch.Tensor
-    drift: torch.Tensor
-    tokens: int
-
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(self.gram + other.gram, self.drift + other.drift, self.tokens + other.tokens)

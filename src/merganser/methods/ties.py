@@ -169,7 +169,7 @@ class Ties(Method, name="ties"):
         election = self._election_of(block, state)
         found = election.merge_stored(stored, limits, counts=counts, dropped=dropped)
         mends = found.cancels and dropped is None and all(floor.ties < 0 for floor in limits.floors or ())
-        mend = self._mend(block, stored, limits, found.places) if mends and found.places is not None else None
+        mend = self._mend(block, stored, state, limits, found.places) if mends and found.places is not None else None
         self._count(block, election, found.balance, found.cancels, mend)
         if counts is not None:
             for index, (below, equal) in enumerate(counts.tolist()):
@@ -182,12 +182,17 @@ class Ties(Method, name="ties"):
         return kernels.Limits([own.wall(block.key) for own in state.thresholds[self._trim.region(block.key)]])
 
     def _mend(
-        self, block: Block, stored: kernels.Stored, limits: kernels.Limits, places: npt.NDArray[np.int32]
+        self,
+        block: Block,
+        stored: kernels.Stored,
+        state: TiesState,
+        limits: kernels.Limits,
+        places: npt.NDArray[np.int32],
     ) -> Mend:
-        """What entries that cancel become by each sign."""
+        """What entries that cancel become by the other signs."""
         region, at = self._trim.region(block.key), torch.from_numpy(places).long()
         merged: dict[int, torch.Tensor] = {}
-        for sign in (-1, 0, 1):
+        for sign in {-1, 0, 1} - {state.majority[region]}:
             merged[sign] = torch.empty(len(at), dtype=stored.out.dtype)
             part = kernels.Stored(stored.base[at], [model[at] for model in stored.models], merged[sign])
             self.election(block.weights, sign).merge_stored(part, limits)

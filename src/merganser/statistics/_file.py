@@ -23,6 +23,7 @@ from merganser.checkpoint._json import parse_json
 from merganser.checkpoint._safetensors import Header, build_header, read_header
 from merganser.errors import EnvironmentFault, InputError, MerganserError, NumericError, Place
 from merganser.statistics import _statistics as base
+from merganser.statistics._checks import check_shape, check_type
 from merganser.statistics._statistics import TABLES, Statistics
 from merganser.statistics._table import Table
 
@@ -222,8 +223,8 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         table, _, name = key.partition("/")
         if table not in TABLES or not name or not entry.dtype.is_floating_point:
             raise InputError("E0418", "the tensor is no statistic", places=Place(file=str(file), tensor=key))
-        base.check_shape(table, name, entry.shape, file=str(file))
-        base.check_type(table, name, entry.dtype, file=str(file))
+        check_shape(table, name, entry.shape, file=str(file))
+        check_type(table, name, entry.dtype, file=str(file))
         stored[table][name] = (entry.shape, entry.dtype)
         owners[table][name] = name
     for alias, owner in facts["aliases"].items():

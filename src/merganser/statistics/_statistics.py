@@ -10,6 +10,7 @@ from typing import Any
 from merganser._torch import torch
 from merganser.checkpoint import Checkpoint, open_checkpoint
 from merganser.errors import InputError, Place, UsageError
+from merganser.statistics._checks import check_shape, check_type
 from merganser.statistics._fingerprint import checkpoint_digest
 from merganser.statistics._table import Table, Tensors
 
@@ -18,8 +19,6 @@ __all__ = [
     "TABLES",
     "Statistics",
     "check_addable",
-    "check_shape",
-    "check_type",
     "check_weights",
     "combine",
     "combine_facts",
@@ -192,41 +191,6 @@ def check_weights(digests: Mapping[str, str], checkpoint: Checkpoint) -> None:
                 places=Place(file=checkpoint.place_of(name), tensor=name),
                 fix="collect statistics of this model: merganser collect",
             )
-
-
-def check_shape(table: str, name: str, shape: tuple[int, ...], *, file: str | None = None) -> None:
-    square = len(shape) == 2 and shape[0] == shape[1]
-    fits = {
-        "gram": square or len(shape) == 1,
-        "output_gram": square,
-        "mean": len(shape) == 1,
-        "fisher": True,
-        "block": square,
-        "rows": len(shape) == 2 and shape[0] > 0,
-    }[table]
-    if not fits:
-        raise InputError(
-            "E0418",
-            f"the {table} of `{name}` has the shape {list(shape)}, which no {table} has",
-            places=Place(file=file, tensor=f"{table}/{name}"),
-        )
-
-
-def check_type(table: str, name: str, dtype: torch.dtype, *, file: str | None = None) -> None:
-    """Refuse means of products in half precision, which makes them indefinite, and whole numbers.
-
-    Raises:
-        InputError: E0418.
-    """
-    exact = (torch.float32, torch.float64)
-    if not (dtype in exact if table in ("gram", "output_gram", "block") else dtype.is_floating_point):
-        raise InputError(
-            "E0418",
-            f"the {table} of `{name}` is {str(dtype).removeprefix('torch.')}",
-            places=Place(file=file, tensor=f"{table}/{name}"),
-            why="rounded to 16 bits it has negative eigenvalues" if dtype.is_floating_point else "",
-            fix="keep statistics in float32 or float64",
-        )
 
 
 def sharing(tensors: Tensors) -> dict[str, str]:
