@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from merganser.advice import Advice, advise
     from merganser.blocks import BlockSpec, Role
     from merganser.checkpoint import Checkpoint, average_experts, open_checkpoint
-    from merganser.engine import Plan, execute, make_plan, map_front, merge, save, to_memory
+    from merganser.engine import Plan, execute, extract, make_plan, map_front, merge, save, to_memory
     from merganser.errors import MerganserError
     from merganser.evaluation import evaluate, evaluator, tune
     from merganser.evaluation.bench import bench
@@ -28,7 +28,7 @@ _HOMES = {
     "advice": ("Advice", "advise"),
     "blocks": ("BlockSpec", "Role"),
     "checkpoint": ("Checkpoint", "average_experts", "open_checkpoint"),
-    "engine": ("Plan", "execute", "make_plan", "map_front", "merge", "save", "to_memory"),
+    "engine": ("Plan", "execute", "extract", "make_plan", "map_front", "merge", "save", "to_memory"),
     "errors": ("MerganserError",),
     "evaluation": ("evaluate", "evaluator", "tune"),
     "evaluation.bench": ("bench",),
@@ -56,6 +56,7 @@ __all__ = [
     "evaluate",
     "evaluator",
     "execute",
+    "extract",
     "load_recipe",
     "make_plan",
     "map_front",

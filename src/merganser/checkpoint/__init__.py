@@ -6,7 +6,8 @@ from merganser.checkpoint._digest import describe_file, sha256_range
 from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool, open_regular
-from merganser.checkpoint._folder import is_adapter, refuse_unmergeable
+from merganser.checkpoint._fitting import keeps_transposed
+from merganser.checkpoint._folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
 from merganser.checkpoint._open import ModelLike, open_checkpoint, parts_of_reference
@@ -14,6 +15,8 @@ from merganser.checkpoint._safetensors import read_header
 from merganser.checkpoint._writer import Shard, ShardWriter, index_of, lay_out, write_error
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "CARD",
     "Checkpoint",
     "DictCheckpoint",
@@ -26,6 +29,7 @@ __all__ = [
     "describe_file",
     "index_of",
     "is_adapter",
+    "keeps_transposed",
     "lay_out",
     "name_of_folder",
     "open_checkpoint",

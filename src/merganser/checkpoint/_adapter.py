@@ -12,14 +12,12 @@ from merganser.checkpoint._base import Checkpoint, name_of_folder
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool
 from merganser.checkpoint._fitting import Fitting
-from merganser.checkpoint._folder import check_inside, open_file
+from merganser.checkpoint._folder import ADAPTER_WEIGHTS, check_inside, open_file
 from merganser.checkpoint._folding import Matrices
 from merganser.checkpoint._kinds import pickle_refused
 from merganser.errors import InputError, Place, suggestion
 
 __all__ = ["AdaptedCheckpoint"]
-
-_WEIGHTS = "adapter_model.safetensors"
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -52,20 +50,20 @@ class AdaptedCheckpoint(Checkpoint):
         self._inner = inner
         self._settings = read_adapter_config(folder)
         self._factors = self._open(folder, pool)
-        self._stamps = {file: stamp_of(file) for file in (self._settings.file, folder / _WEIGHTS)}
+        self._stamps = {file: stamp_of(file) for file in (self._settings.file, folder / ADAPTER_WEIGHTS)}
         self._matrices = Matrices(self._factors)
-        fitting = Fitting(inner, self._factors, self._settings, folder / _WEIGHTS)
+        fitting = Fitting(inner, self._factors, self._settings, folder / ADAPTER_WEIGHTS)
         self._sources, self._changes = fitting.sources, fitting.changes
         self._specs = {name: self._spec(name) for name in self._sources}
         self.warnings = (*inner.warnings, *fitting.doubts())
 
     def _open(self, folder: Path, pool: FilePool | None) -> FileCheckpoint:
-        path = folder / _WEIGHTS
+        path = folder / ADAPTER_WEIGHTS
         if not path.is_file():
             pickled = folder / "adapter_model.bin"
             if pickled.is_file():
                 raise pickle_refused(str(pickled))
-            raise InputError("E0401", f"the adapter has no {_WEIGHTS}", places=Place(file=str(folder)))
+            raise InputError("E0401", f"the adapter has no {ADAPTER_WEIGHTS}", places=Place(file=str(folder)))
         check_inside(path, folder, path.name)
         return open_file(path, pool)
 

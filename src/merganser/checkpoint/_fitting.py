@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from merganser._torch import torch
 from merganser.checkpoint._adapter_config import AdapterConfig
@@ -13,7 +14,7 @@ from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._folding import Change
 from merganser.errors import InputError, Place, escape, suggestion
 
-__all__ = ["Fitting"]
+__all__ = ["Fitting", "keeps_transposed"]
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -27,6 +28,19 @@ _CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers of GPT-2 and its kin,
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _TIED_INPUT = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
 _TIED_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|decoder\.weight)$")
+
+
+def keeps_transposed(config: Mapping[str, Any] | None, module: str) -> bool | None:
+    """Whether a layer of a model keeps its weight as (in, out); None if its configuration does not tell.
+
+    Args:
+        config: of the model.
+        module: the layer.
+    """
+    family = (config or {}).get("model_type")
+    if not isinstance(family, str):
+        return None
+    return family in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
 
 
 class Fitting:
@@ -131,10 +145,8 @@ class Fitting:
         """Whether a layer keeps its weight as (in, out): what fits, or where both do, what its kind of layer does."""
         if len(shape) != 2 or outputs != inputs:
             return shape[:2] == (inputs, outputs) and len(shape) == 2
-        family = (self._inner.config or {}).get("model_type")
-        if isinstance(family, str):
-            return family in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
-        return self._settings.transposed
+        known = keeps_transposed(self._inner.config, module)
+        return self._settings.transposed if known is None else known
 
     def _scaled(self, module: str, name: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Change:
         key = parts["ia3_l"]

@@ -19,6 +19,7 @@ from merganser.errors import EnvironmentFault, InputError, Place, SecurityError,
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "check_inside",
     "is_adapter",
     "open_file",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")

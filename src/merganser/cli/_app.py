@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         doctor,
         eval,  # noqa: A004
         explain,
+        extract,
         import_,
         inspect,
         merge,

@@ -2,6 +2,7 @@
 
 from merganser.engine._api import merge
 from merganser.engine._executor import Executor, LocalThreads, available_cores
+from merganser.engine._extract import Extracted, extract, extract_adapter
 from merganser.engine._front import map_front
 from merganser.engine._layerwise import is_layerwise
 from merganser.engine._licences import needs_decision
@@ -28,6 +29,7 @@ __all__ = [
     "Difference",
     "Evaluator",
     "Executor",
+    "Extracted",
     "FolderEvaluator",
     "Input",
     "LocalThreads",
@@ -46,6 +48,8 @@ __all__ = [
     "compare",
     "describe_method",
     "execute",
+    "extract",
+    "extract_adapter",
     "group_of",
     "in_memory",
     "is_layerwise",

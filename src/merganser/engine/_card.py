@@ -8,6 +8,7 @@ from typing import Any
 
 from merganser._version import __version__
 from merganser.engine._licences import common_licence, described, licences
+from merganser.engine._lock import LOCK_FILE
 from merganser.engine._names import HUB_ID, describe_method, public_name
 from merganser.engine._parents import read_card
 from merganser.engine._plan import Plan
@@ -17,19 +18,25 @@ __all__ = ["model_card"]
 _WORD = re.compile(r"^[\w./-]{1,100}$")
 
 
-def model_card(plan: Plan) -> str:
-    """The ``README.md``: metadata that the model hub understands, the recipe, and the coverage."""
+def model_card(plan: Plan, adapter: str | None = None) -> str:
+    """The ``README.md``: metadata that the model hub understands, the recipe, and the coverage.
+
+    Args:
+        plan: the merge.
+        adapter: what to say of the output, if it is an adapter of the base.
+    """
     import yaml
 
     method, _ = max(plan.groups(), key=lambda group: len(group[1]))
     references = [r for r in (plan.recipe.base, *plan.recipe.models()) if isinstance(r, str | Path)]
     names = list(dict.fromkeys(public_name(r) for r in references))
-    hub = [n for n in dict.fromkeys(part for name in names for part in name.split("+")) if HUB_ID.match(n)]
+    ancestors = names if adapter is None else [public_name(plan.recipe.base)]
+    hub = [n for n in dict.fromkeys(part for name in ancestors for part in name.split("+")) if HUB_ID.match(n)]
     found = licences(plan.checkpoints)
     metadata: dict[str, Any] = {
-        "library_name": _library(plan),
+        "library_name": _library(plan) if adapter is None else "peft",
         "tags": ["merge", "merganser", method.name],
-        "base_model_relation": "merge",
+        "base_model_relation": "merge" if adapter is None else "adapter",
         **common_licence(found),
         **_shared(plan),
     }
@@ -38,7 +45,8 @@ def model_card(plan: Plan) -> str:
     # what a search found is no option, and may be long; the lock file has it
     known = method.options()
     options = ", ".join(f"{k} = {v}" for k, v in describe_method(method)["options"].items() if k in known)
-    title = plan.recipe.title or "Merged model"
+    title = plan.recipe.title or ("Merged model" if adapter is None else "Merged adapter")
+    output = f"Tensors: {plan.coverage()}. Details are in `{LOCK_FILE}`." if adapter is None else adapter
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
@@ -52,7 +60,7 @@ def model_card(plan: Plan) -> str:
         "",
         "Parents: " + ", ".join(f"`{_plain(n)}`" for n in names) + ".",
         "",
-        f"Tensors: {plan.coverage()}. Details are in `merge.lock.json`.",
+        output,
         "",
     ]
     if any(found.values()):
