@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -396,3 +397,89 @@ def test_a_merge_with_presumed_thresholds_goes_on(trim: str, tmp_path: Path, mon
         assert finished == ["w0", "w1"]
         out = merganser.merge(paths[1:], **settings, out=tmp_path / "out")
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def coarse(count: int = 3, names: int = 4) -> list[dict[str, torch.Tensor]]:
+    """A base and fine-tuned models whose changes are -2, ..., 2 times 1/1024."""
+    generator = torch.Generator().manual_seed(3)
+    base = {f"layers.{k}.w": torch.randint(-60, 60, (300, 90), generator=generator) for k in range(names)}
+    tuned = [{n: x + torch.randint(-2, 3, x.shape, generator=generator) for n, x in base.items()} for _ in range(count)]
+    return [{n: (x / 1024).bfloat16() for n, x in model.items()} for model in (base, *tuned)]
+
+
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+@pytest.mark.parametrize("first", [1 / 1024, 2 / 1024, None])
+def test_a_merge_goes_on_though_another_threshold_was_presumed(
+    trim: str, first: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts of tensors that an earlier run finished are not those of this run's thresholds."""
+    paths = []
+    for index, model in enumerate(coarse()):
+        paths.append(tmp_path / f"{index}.safetensors")
+        save_file(model, paths[-1])
+    settings: dict[str, Any] = {"method": "ties", "base": paths[0], "trim": trim}
+    with accelerated(False):
+        whole = merganser.merge(paths[1:], **settings, out=tmp_path / "whole")
+    monkeypatch.setattr(_select, "_SAMPLED_FROM", 1 << 12)
+    monkeypatch.setattr(_tensor_select, "_SAMPLED_FROM", 1 << 12)
+    finish = WeightFiles.finish
+
+    def stopped(files: WeightFiles, name: str, *rest: Any) -> None:
+        if name == "layers.2.w":
+            raise KeyboardInterrupt
+        finish(files, name, *rest)
+
+    with monkeypatch.context() as patch, accelerated(first is not None):
+        patch.setattr(_trim, "clear_thresholds", lambda context, ranks: [first] * 3)
+        patch.setattr(_tensor_select, "_clear", lambda *rest: first)
+        patch.setattr(_commit, "_WORTH_KEEPING", 0.0)
+        patch.setattr(WeightFiles, "finish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            merganser.merge(paths[1:], **settings, out=tmp_path / "out")
+    for wrong in (1 / 1024, 3 / 1024):
+        with monkeypatch.context() as patch, accelerated(True):
+            patch.setattr(_trim, "clear_thresholds", lambda context, ranks, wrong=wrong: [wrong] * 3)
+            shutil.copytree(next(tmp_path.glob("out.partial-*")), tmp_path / f"{wrong}.partial-00000000")
+            out = merganser.merge(paths[1:], **settings, out=tmp_path / f"{wrong}")
+        assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_empty_tensors_beside_wrong_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *tuned = ({**model, "e": torch.zeros(0, 4).bfloat16()} for model in coarse(names=1))
+    with accelerated(False):
+        expected = merganser.merge(tuned, base=base, method="ties")
+    monkeypatch.setattr(_trim, "clear_thresholds", lambda context, ranks: [0.5 / 1024] * 3)
+    with accelerated(True):
+        merged = merganser.merge(tuned, base=base, method="ties")
+    assert all(same(merged[name], expected[name]) for name in base)
+
+
+def test_norms_of_merges_on_the_way_are_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{k}.w": 0.02 * torch.randn(300, 90, generator=generator) for k in range(3)}
+    tuned = [{n: x + 0.002 * torch.randn(x.shape, generator=generator) for n, x in base.items()} for _ in range(3)]
+    base, *tuned = [{name: x.bfloat16() for name, x in model.items()} for model in (base, *tuned)]
+    results = []
+    for on in (False, True):
+        with accelerated(on):
+            results.append(merganser.merge(tuned, base=base, method="lines", of={"method": "ties"}))
+    assert all(same(results[0][name], results[1][name]) for name in base)
+
+
+def test_merges_on_the_way_do_not_rely_on_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an initialisation, and of norms, the majority is counted, not estimated: nobody reviews them."""
+    base, *tuned = coarse()
+    shares: list[bool] = []
+    found = ties.Ties._with_majority
+
+    def watched(method: ties.Ties, *rest: Any, certain: bool = False) -> ties.TiesState:
+        shares.append(certain)
+        return found(method, *rest, certain=certain)
+
+    monkeypatch.setattr(ties.Ties, "_with_majority", watched)
+    merganser.merge(tuned, base=base, method="lines", of={"method": "ties"})
+    gram = [{n: torch.eye(90) for n in base} for _ in tuned]
+    statistics = [merganser.Statistics(gram=own) for own in gram]
+    merganser.merge(tuned, base=base, method="mats", objective="gram", statistics=statistics, init="ties")
+    merganser.merge(tuned, base=base, method="ties")
+    assert shares == [True, True, False]

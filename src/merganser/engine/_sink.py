@@ -193,7 +193,8 @@ class Completion:
         ]
         for key, _ in found:
             self._left[key.name] += key.stop - key.start
+        repeated = {key.name for key, _ in found}
         for name in doubted:
-            if self._left[name] == 0:
+            if name not in repeated:
                 self._finish(name)
         return sorted(found, key=lambda item: (item[0].name, item[0].start))

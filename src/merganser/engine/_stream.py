@@ -36,20 +36,33 @@ _LONGER, _LONGEST = 8, 1 << 21
 class _StreamContext(Context):
     """Passes over the tensors that one method merges."""
 
-    def __init__(self, stream: Stream, tensors: Mapping[str, TensorPlan], seed: int, *, stored: bool = False) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        tensors: Mapping[str, TensorPlan],
+        seed: int,
+        *,
+        stored: bool = False,
+        finished: frozenset[str] = frozenset(),
+    ) -> None:
         first = next(iter(tensors.values()))
         self.specs = {name: tensor.spec for name, tensor in tensors.items()}
         self.models = len(first.inputs)
         self.seed = seed
         self.dtype = first.dtype
         self.counters = stream.counters
+        self.finished = finished
         self.stored = stored and stream.reader.takes_stored and all(t.takes_stored for t in tensors.values())
         self._stream = stream
         self._tensors = tensors
 
     def only(self, *names: str) -> Context:
         return _StreamContext(
-            self._stream, {name: self._tensors[name] for name in names}, self.seed, stored=self.stored
+            self._stream,
+            {name: self._tensors[name] for name in names},
+            self.seed,
+            stored=self.stored,
+            finished=self.finished.intersection(names),
         )
 
     def each(
@@ -59,6 +72,7 @@ class _StreamContext(Context):
             results = []
             for key in task:
                 block = StreamBlock(self._stream.reader, self._tensors[key.name], _middle(key, share), self.seed)
+                block.may_round = not as_merged  # where blocks are merged in a pass, that is not written
                 results.append((key, fn(block)))
             return results
 
@@ -178,9 +192,10 @@ class Stream:
         if not pending and type(method).memory is Method.memory:
             return completion.figures(), None
         rounds = method.reads_stored()
-        context = _StreamContext(self, tensors, seed, stored=rounds)
+        finished = frozenset(tensors.keys() - pending.keys())
+        context = _StreamContext(self, tensors, seed, stored=rounds, finished=finished)
         state = method.prepare(context)
-        start = None if init is None else (init, init.prepare(AsMerged(context)))
+        start = None if init is None else (init, init.prepare(AsMerged(context, reviewed=False)))
 
         def run(task: list[BlockKey], state: object, *, again: bool = False) -> None:
             for key in task:

@@ -115,7 +115,7 @@ class Combination(ABC):
             _NONE if counts is None else counts,
             places,
         )
-        return Elected(int(balance), bool(cancels), None if number > places.size else places[:number])
+        return Elected(int(balance), bool(cancels), None if number > places.size else places[:number].copy())
 
     def merge_ranked(
         self,

@@ -209,6 +209,8 @@ class Method(ABC):
     def stands(self, name: str, state: State, notes: Mapping[str, int]) -> bool:
         """Whether a tensor that is merged, and of which blocks are doubted, stands, so that it need not be reviewed.
 
+        It answers as `review` would, and at once: other threads wait.
+
         Args:
             name: the tensor.
             state: the state.

@@ -154,6 +154,8 @@ class Context(ABC):
         dtype: the compute type.
         counters: how many int64 counters a method may keep without exceeding the memory budget.
         stored: whether every block of the merge will have `Block.stored`.
+        finished: tensors that an earlier run has merged: their blocks, and what was noted of them, are not seen again.
+        reviewed: whether `Method.review` will be called; not for merges that a pass makes on its way.
     """
 
     specs: Mapping[str, BlockSpec]
@@ -162,6 +164,8 @@ class Context(ABC):
     dtype: torch.dtype
     counters: int
     stored: bool = False
+    finished: frozenset[str] = frozenset()
+    reviewed: bool = True
 
     @property
     def numel(self) -> int:
@@ -269,7 +273,7 @@ class TransformedContext(Context):
 
     def __init__(self, inner: Context, transform: Transform) -> None:
         self.specs, self.models, self.seed, self.dtype = inner.specs, inner.models, inner.seed, inner.dtype
-        self.counters = inner.counters
+        self.counters, self.finished, self.reviewed = inner.counters, inner.finished, inner.reviewed
         self._inner = inner
         self._transform = transform
 

@@ -22,16 +22,20 @@ class AsMerged(Context):
 
     For a method inside another one that needs more tensors whole than it does: what it learns of a block in a pass
     (`Threshold.ties`) it must find again when it merges that block.
+
+    Args:
+        inner: the passes.
+        reviewed: whether what is merged will be reviewed.
     """
 
-    def __init__(self, inner: Context) -> None:
+    def __init__(self, inner: Context, *, reviewed: bool = True) -> None:
         self.specs, self.models, self.seed, self.dtype = inner.specs, inner.models, inner.seed, inner.dtype
-        self.counters = inner.counters
+        self.counters, self.finished, self.reviewed = inner.counters, inner.finished, inner.reviewed and reviewed
         self._inner = inner
 
     def only(self, *names: str) -> Context:
         """The same for some tensors."""
-        return AsMerged(self._inner.only(*names))
+        return AsMerged(self._inner.only(*names), reviewed=self.reviewed)
 
     def each(
         self, fn: Callable[[Block], T], *, share: float = 1.0, as_merged: bool = True

@@ -82,7 +82,7 @@ class Trim:
         }
         thresholds: Thresholds = {}
         ranks: Ranks = {}
-        guesses = tensor_guesses(context, lambda name, nonzero: counts[name])
+        guesses = tensor_guesses(context, lambda name, nonzero: counts[name], presume=presume)
         for name, guess in guesses.items() if presume else ():
             clear = [value for (value,) in guess.clear if value is not None]
             if len(clear) == context.models:

@@ -81,6 +81,7 @@ class _AlignedContext(Context):
     def __init__(self, inner: Context, bases: _Bases, specs: Mapping[str, BlockSpec]) -> None:
         self.specs, self.models, self.seed, self.dtype = specs, inner.models, inner.seed, inner.dtype
         self.counters = min(inner.counters, inner.models << 20)
+        self.finished, self.reviewed = inner.finished, inner.reviewed
         self._inner = inner
         self._bases = bases
 

@@ -13,7 +13,7 @@ from merganser.errors import Place, RecipeError
 from merganser.kernels import Partials
 from merganser.methods._base import About, Method, State
 from merganser.methods._block import Block, Context
-from merganser.methods._compose import Around, Staged
+from merganser.methods._compose import Around, AsMerged, Staged
 from merganser.methods._matching import rescaled
 from merganser.methods._options import method_option, option
 from merganser.methods.task_arithmetic import TaskArithmetic
@@ -87,7 +87,8 @@ class Lines(Staged, name="lines"):
 
     def prepare(self, context: Context) -> _LinesState:
         """The passes of the method inside, the norms if they are needed, and the factors."""
-        inner = self.of.prepare(context)
+        # the pass for the norms merges, and nobody reviews that
+        inner = self.of.prepare(AsMerged(context, reviewed=False) if self._measures else context)
         alpha = self.alpha
         if alpha is None:
             alpha = (self._ratio(context, inner) if self._measures else 1.0) / context.models

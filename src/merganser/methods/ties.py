@@ -35,6 +35,7 @@ class TiesState:
         majority: the sign that replaces an elected sign of 0.
         ranks: of the thresholds that are only presumed.
         certain: finds out what was presumed of some regions.
+        settled: whether nothing is presumed or estimated.
         wrong: of a state that is revised: the regions of which blocks are merged again, and why.
     """
 
@@ -42,6 +43,7 @@ class TiesState:
     majority: Mapping[Region, int] = field(default_factory=dict)
     ranks: Mapping[Region, Sequence[int]] = field(default_factory=dict)
     certain: Callable[[Collection[Region]], TiesState] | None = None
+    settled: bool = False
     wrong: Mapping[Region, str] = field(default_factory=dict)
 
 
@@ -61,8 +63,8 @@ class Ties(Method, name="ties"):
     magnitudes those that come first in the natural order of names and then of positions.
 
     The majority sign matters only where entries cancel exactly. It is estimated on a sample, counted exactly during
-    the merge, and blocks that cancel are merged again where the estimate was wrong. With a majority of 0 such entries
-    stay 0.
+    the merge, and where the estimate was wrong such entries are mended, or their blocks merged again. With a majority
+    of 0 they stay 0.
 
     Passes: none to two for the thresholds, one to merge. Memory: one buffer per model. O(models x elements).
     """
@@ -101,15 +103,22 @@ class Ties(Method, name="ties"):
 
         Where the thresholds are clear from a sample, the merge counts whether they are right, and `review` sees to it.
         """
+        pending = [name for name in context.specs if name not in context.finished]
+        if self.trim == "tensor" and context.finished and pending:
+            context = context.only(*pending)
+        if context.finished or not context.reviewed:
+            return replace(self._certain(context), settled=True)
         thresholds, ranks = self._trim.thresholds(context, presume=context.stored and self.count == "authors")
-        state = TiesState(thresholds, ranks=ranks, certain=lambda regions: self._certain(context, regions))
+        state = TiesState(thresholds, ranks=ranks, certain=lambda regions: self._certain(self._part(context, regions)))
         return self._with_majority(context, state)
 
-    def _certain(self, context: Context, regions: Collection[Region]) -> TiesState:
-        """The state of some regions that needs no review."""
-        part = context if self.trim == "model" else context.only(*(name for name in regions if name is not None))
-        thresholds, _ = self._trim.thresholds(part, presume=False)
-        return self._with_majority(part, TiesState(thresholds), certain=True)
+    def _part(self, context: Context, regions: Collection[Region]) -> Context:
+        return context if self.trim == "model" else context.only(*(name for name in regions if name is not None))
+
+    def _certain(self, context: Context) -> TiesState:
+        """The state that needs no review."""
+        thresholds, _ = self._trim.thresholds(context, presume=False)
+        return self._with_majority(context, TiesState(thresholds), certain=True)
 
     def _with_majority(self, context: Context, state: TiesState, *, certain: bool = False) -> TiesState:
         if self.zero_sign == "positive":
@@ -156,7 +165,7 @@ class Ties(Method, name="ties"):
         merged = block.buffer("total")
         vectors, limits = self._vectors(block, state)
         election = self._election_of(block, state)
-        self._count(block, election, *election.merge(vectors, block.base, merged, limits))
+        self._count(block, election, state, *election.merge(vectors, block.base, merged, limits))
         return merged
 
     def merge_stored(
@@ -169,8 +178,9 @@ class Ties(Method, name="ties"):
         election = self._election_of(block, state)
         found = election.merge_stored(stored, limits, counts=counts, dropped=dropped)
         mends = found.cancels and dropped is None and all(floor.ties < 0 for floor in limits.floors or ())
+        mends &= election.counted and not state.settled
         mend = self._mend(block, stored, state, limits, found.places) if mends and found.places is not None else None
-        self._count(block, election, found.balance, found.cancels, mend)
+        self._count(block, election, state, found.balance, found.cancels, mend)
         if counts is not None:
             for index, (below, equal) in enumerate(counts.tolist()):
                 block.note(_note(f"below {index}", region), below)
@@ -208,10 +218,16 @@ class Ties(Method, name="ties"):
         return self.election(block.weights, state.majority[self._trim.region(block.key)])
 
     def _count(
-        self, block: Block, election: kernels.Disjoint, balance: int, cancels: bool, mend: Mend | None = None
+        self,
+        block: Block,
+        election: kernels.Disjoint,
+        state: TiesState,
+        balance: int,
+        cancels: bool,
+        mend: Mend | None = None,
     ) -> None:
         """Note what the majority sign depends on."""
-        if election.counted:
+        if election.counted and not state.settled:
             block.note(_note("balance", self._trim.region(block.key)), balance)
             if cancels:
                 block.doubt(_SIGN, mend)
@@ -235,7 +251,8 @@ class Ties(Method, name="ties"):
 
     def review(self, state: TiesState, notes: Mapping[str, int]) -> TiesState | None:
         """Whether the thresholds were presumed and the majority signs were estimated correctly."""
-        wrong = {region: why for region in state.thresholds if (why := self._doubt(region, state, notes))}
+        doubts = {} if state.settled else {region: self._doubt(region, state, notes) for region in state.thresholds}
+        wrong = {region: why for region, why in doubts.items() if why is not None}
         if not wrong:
             return None
         thresholds, majority = dict(state.thresholds), dict(state.majority)
@@ -245,7 +262,7 @@ class Ties(Method, name="ties"):
             found = state.certain(missed)
             thresholds |= found.thresholds
             majority |= found.majority
-        return TiesState(thresholds, majority, wrong=wrong)
+        return TiesState(thresholds, majority, settled=True, wrong=wrong)
 
     def repeats(self, key: BlockKey, doubts: frozenset[str], revised: TiesState) -> bool:
         """Where a threshold was wrong; where the majority sign was, if entries cancel."""
