@@ -14,6 +14,7 @@ from merganser._torch import torch
 from merganser.blocks import BlockSpec
 from merganser.engine._block import PIECE, Reader, StreamBlock
 from merganser.engine._executor import Executor, LocalThreads
+from merganser.engine._sample import RUN, middle, some
 from merganser.engine._sink import Completion, Sink
 from merganser.engine._tensor import Input, TensorPlan
 from merganser.errors import NumericError, Place
@@ -22,12 +23,6 @@ from merganser.methods import AsMerged, Block, BlockKey, Context, Mend, Method
 __all__ = ["Stream"]
 
 T = TypeVar("T")
-
-_RUN = 1 / 16
-"""The least share of a block that a sample takes; of a smaller sample some blocks are left out instead."""
-
-_TOGETHER = 8
-"""Blocks of a sample that make a task."""
 
 _LONGER, _LONGEST = 8, 1 << 21
 """How many times as long a block may be that is read as files have it, and how long at most."""
@@ -71,34 +66,17 @@ class _StreamContext(Context):
         def run(task: Sequence[BlockKey]) -> list[tuple[BlockKey, T]]:
             results = []
             for key in task:
-                block = StreamBlock(self._stream.reader, self._tensors[key.name], _middle(key, share), self.seed)
+                block = StreamBlock(self._stream.reader, self._tensors[key.name], middle(key, share), self.seed)
                 block.may_round = not as_merged  # where blocks are merged in a pass, that is not written
                 results.append((key, fn(block)))
             return results
 
         executor = self._stream.executor_for(self._tensors) if as_merged else self._stream.executor
         tasks = self._stream.tasks(self._tensors.values(), as_merged=as_merged)
-        if share < _RUN:
-            tasks, share = _some(tasks, round(_RUN / share)), _RUN
+        if share < RUN:
+            tasks, share = some(tasks, round(RUN / share)), RUN
         for results in executor.map(run, tasks):
             yield from results
-
-
-def _some(tasks: Iterable[list[BlockKey]], stride: int) -> Iterator[list[BlockKey]]:
-    """Every so many-th block, if there are many."""
-    blocks = [key for task in tasks for key in task]
-    chosen = blocks[:: stride if len(blocks) > 64 * stride else 1]
-    return (chosen[first : first + _TOGETHER] for first in range(0, len(chosen), _TOGETHER))
-
-
-def _middle(key: BlockKey, share: float) -> BlockKey:
-    """The middle part of a block; it begins at a multiple of 64 elements."""
-    length = key.stop - key.start
-    if share >= 1 or not length:
-        return key
-    wanted = max(1, round(length * share))
-    start = key.start + (length - wanted) // 2 // 64 * 64
-    return BlockKey(key.name, start, start + wanted)
 
 
 class Stream:
