@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merganser as mg
+from merganser.engine._layers import target_modules
 from merganser.engine._low_rank import leading_triples
 from merganser.errors import MerganserError
 from tests.conftest import Cli
 from tests.unit.test_adapters import CASES, CONFIG, WEIGHTS, gpt2, llama, write_adapter, write_base
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 
 def loaded(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
@@ -87,7 +89,7 @@ def test_layers_of_other_orientation_and_other_ranks(tmp_path: Path, cli: Cli) -
     tuned.save_pretrained(tmp_path / "tuned")
     done = cli("extract", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"))
     assert "ranks 1 to 3" in done.succeeded().out
-    assert "1 tensors that changed are no linear weights" in done.err.replace("\n", " ")
+    assert "1 tensors that changed belong to no linear layer" in done.err.replace("\n", " ")
     with torch.no_grad():
         tuned.transformer.ln_f.weight -= 0.5
     assert close(loaded(model, tmp_path / "out"), tuned.state_dict())
@@ -95,7 +97,7 @@ def test_layers_of_other_orientation_and_other_ranks(tmp_path: Path, cli: Cli) -
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config["fan_in_fan_out"]
     assert config["target_modules"] == ["c_attn", *(f"transformer.h.{layer}.mlp.c_proj" for layer in range(2))]
-    assert set(config["rank_pattern"].values()) == {1}
+    assert config["rank_pattern"] == {rf"^transformer\.h\.0\.{name}": 1 for name in (r"attn\.c_attn", r"mlp\.c_proj")}
 
 
 def test_layers_that_did_not_change_are_no_targets(two: Any) -> None:
@@ -118,7 +120,8 @@ def test_what_cannot_be_an_adapter(two: Any, cli: Cli) -> None:
     cli("extract", "base+a", "-o", "out").failed("E0308", "--base")
     cli("extract", "base", "--base", "base", "-o", "out").failed("E0410", "empty")
     cli("extract", "-m", "emr", "--base", "base", "a", "b", "-o", "out").failed("E0201", "2 models")
-    cli("extract", "base+a", "--base", "base", "-o", "a").failed("E0702")
+    cli("extract", "base+a", "--base", "base", "-o", "a").failed("E0701", "remove it yourself")
+    cli("extract", "base+a", "--base", "base", "-o", "a/new").failed("E0702")
     Path("there").mkdir()
     (Path("there") / "x").touch()
     cli("extract", "base+a", "--base", "base", "-o", "there").failed("E0701")
@@ -130,6 +133,84 @@ def test_what_cannot_be_an_adapter(two: Any, cli: Cli) -> None:
         mg.extract([larger], base="base", out="out")
     with pytest.raises(MerganserError, match="rank is 0"):
         mg.extract(["a"], base="base", out="out", rank=0)
+
+
+def changed(state: dict[str, torch.Tensor], *endings: str) -> dict[str, torch.Tensor]:
+    """A state with a change of rank 2 in the tensors whose names end so."""
+    g = torch.Generator().manual_seed(5)
+    found = {name: value.clone() for name, value in state.items()}
+    for name, value in found.items():
+        if name.endswith(endings):
+            value += torch.randn(value.shape[0], 2, generator=g) @ torch.randn(2, value.shape[1], generator=g)
+    return found
+
+
+def test_files_whose_names_lack_the_prefix_of_the_modules(tmp_path: Path) -> None:
+    """As GPT-2 is on the hub."""
+    model = write_base(tmp_path / "base", gpt2)
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): value for name, value in stored.items() if name != "lm_head.weight"}
+    save_file(bare, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tuned = changed(bare, "attn.c_proj.weight", "c_fc.weight")
+    found = mg.extract([tuned], base=tmp_path / "base", out=tmp_path / "out")
+    assert set(found.modules) == {f"transformer.h.{k}.{n}" for k in range(2) for n in ("attn.c_proj", "mlp.c_fc")}
+    expected = {f"transformer.{name}": value for name, value in tuned.items()}
+    assert close(loaded(model, tmp_path / "out"), expected)
+    assert close(mg.merge([f"{tmp_path / 'base'}+{tmp_path / 'out'}"], method="passthrough"), tuned)
+
+
+def test_matrices_that_are_no_linear_layers(tmp_path: Path, cli: Cli) -> None:
+    """The buckets of T5's positions are an embedding, and the router of Qwen2-MoE no layer that PEFT takes."""
+    config = transformers.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=20)
+    model = write_base(tmp_path / "base", lambda: transformers.T5ForConditionalGeneration(config))
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    tuned = changed(dict(model.state_dict()), "SelfAttention.q.weight", bias)
+    model_tuned = copy.deepcopy(model)
+    model_tuned.load_state_dict(tuned)
+    model_tuned.save_pretrained(tmp_path / "tuned")
+    done = cli("extract", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"))
+    assert "1 tensors that changed belong to no linear layer" in done.succeeded().err.replace("\n", " ")
+    tuned[bias] = model.state_dict()[bias]
+    assert close(loaded(model, tmp_path / "out"), tuned)
+
+
+def test_layers_that_are_called_like_others(tmp_path: Path) -> None:
+    names = {"proj", "vision.proj", "vision", "a.out", "b.out", "b"}
+    assert target_modules(["a.out", "b.out"], names) == ["out"]
+    assert target_modules(["a.out"], names) == ["a.out"]
+    assert target_modules(["vision.proj"], names) == ["vision.proj"]
+    assert target_modules(["vision.proj", "proj"], names) == ["proj"]
+    assert target_modules(["proj", "a.out"], names) == r"a\.out|proj"
+    vision = torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6, bias=False)})
+    model = torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6, bias=False), "vision": vision})
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    for number, endings in enumerate((("proj.weight",), ("vision.proj.weight",))):
+        tuned = changed(base, *endings)
+        tuned["proj.weight"] = base["proj.weight"] + (1.0 if number == 0 else 0.0)  # of another rank, or unchanged
+        mg.extract([tuned], base=base, out=tmp_path / str(number))
+        assert close(loaded(model, tmp_path / str(number)), tuned)
+    only = {**base, "proj.weight": base["proj.weight"] + 1.0}
+    mg.extract([only], base=base, out=tmp_path / "only")
+    assert close(loaded(model, tmp_path / "only"), only)
+
+
+def test_layers_of_unknown_orientation_are_refused(tmp_path: Path) -> None:
+    base = {name: value.clone() for name, value in gpt2().state_dict().items() if name != "lm_head.weight"}
+    with pytest.raises(MerganserError, match="not known without a configuration"):
+        mg.extract([changed(base, "attn.c_proj.weight")], base=base, out=tmp_path / "out")
+
+
+def test_other_layers_than_those_of_the_base(two: Any, cli: Cli) -> None:
+    Path("less.yml").write_text(
+        "merge_method: passthrough\nbase_model: base\nslices: [{sources: [{model: base+a, layer_range: [1, 2]}]}]\n"
+    )
+    cli("extract", "less.yml", "-o", "out").failed("E0406", "the merge has no such tensor")
+    Path("order.yml").write_text(
+        "merge_method: passthrough\nbase_model: base\nslices: [{sources: [{model: base+a, layer_range: [1, 2]}]}, "
+        "{sources: [{model: base+a, layer_range: [0, 1]}]}]\n"
+    )
+    cli("extract", "order.yml", "-o", "out").failed("E0406", "in their order")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (40, 30), (1, 50)])

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from merganser._torch import torch
-from merganser.blocks import Role
 from merganser.checkpoint import Checkpoint
 from merganser.engine._adapter_out import AdapterOut
+from merganser.engine._layers import Layers
 from merganser.engine._low_rank import leading_triples
 from merganser.engine._merge import execute
 from merganser.engine._place import check_output
 from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._sink import Finished
-from merganser.errors import InputError, Place, RecipeError, UsageError, escape
+from merganser.errors import EnvironmentFault, InputError, Place, RecipeError, UsageError, escape
 from merganser.methods import Method
 from merganser.methods._spectral import Triple
 from merganser.recipe import simple_recipe
@@ -85,34 +85,39 @@ def extract_adapter(plan: Plan, out: str | os.PathLike[str], *, rank: int, **run
         raise UsageError("E0201", f"the rank is {rank}; it is 1 or more")
     if len(plan.outputs) > 1:
         raise UsageError("E0201", f"the method returns {len(plan.outputs)} models, which are no one adapter")
-    check_output(target, plan, overwrite=False)
-    changes = _Changes(plan, plan.checkpoints[0], rank)
+    base = plan.checkpoints[0]
+    _check_place(target, plan, rank)
+    _check_tensors(plan, base)
+    layers = Layers.of(base)
+    changes = _Changes(plan, layers, rank)
     found = execute(plan, changes, **run)
     if not changes.factors:
         raise InputError(
             "E0410",
             "no linear weight differs from the base, so an adapter would be empty",
-            places=Place(file=plan.checkpoints[0].label),
+            places=Place(file=base.label),
         )
     total = math.fsum(changes.squares.values())
     held = math.fsum(float(values.square().sum()) for _, values, _ in changes.factors.values())
-    left = {name: changes.squares[name] / total for name in sorted(changes.squares) if name not in changes.factors}
+    left = {name: changes.squares[name] / total for name in sorted(changes.squares) if name not in changes.modules}
     warnings = [*plan.warnings, *found.warnings]
+    if layers.doubt is not None:
+        warnings.append(f"whether PEFT finds the layers by these names was not checked: {escape(layers.doubt)}")
     if left:
         some = ", ".join(map(escape, list(left)[:3])) + (", ..." if len(left) > 3 else "")
         warnings.append(
-            f"{len(left)} tensors that changed are no linear weights and are left out, with "
+            f"{len(left)} tensors that changed belong to no linear layer and are left out, with "
             f"{math.fsum(left.values()):.2%} of the squared change: {some}"
         )
-    modules = {
-        name.removesuffix(".weight"): {
+    modules = {}
+    for name, module in sorted(changes.modules.items(), key=lambda item: item[1]):
+        values = changes.factors[module][1]
+        modules[module] = {
             "rank": len(values),
             "share": min(1.0, float(values.square().sum()) / changes.squares[name]),
         }
-        for name, (_, values, _) in sorted(changes.factors.items())
-    }
     share = min(1.0, held / total)
-    AdapterOut(plan, rank, share).write(target, changes.factors)
+    AdapterOut(plan, layers, rank, share).write(target, changes.factors)
     return Extracted(target, time.monotonic() - started, share, modules, left, tuple(warnings))
 
 
@@ -158,21 +163,60 @@ def extract(
     return extract_adapter(plan, out, rank=rank, device=device)
 
 
+def _check_place(out: Path, plan: Plan, rank: int) -> None:
+    """Refuse an output that exists, that is an input, or that does not fit the disk."""
+    if os.path.lexists(out):
+        raise EnvironmentFault(
+            "E0701",
+            "the output exists already",
+            places=Place(file=str(out)),
+            fix="choose another path, or remove it yourself",
+        )
+    shapes = [tensor.spec.shape for tensor in plan.tensors if len(tensor.spec.shape) == 2]
+    check_output(out, plan, overwrite=False, needed=sum(4 * min(rank, *shape) * sum(shape) for shape in shapes))
+
+
+def _check_tensors(plan: Plan, base: Checkpoint) -> None:
+    """Refuse a merge whose tensors are not those of the base.
+
+    Raises:
+        InputError: E0406, E0407.
+    """
+    specs, fix = base.specs(), "an adapter has the base's layers and vocabulary: merge into a model instead"
+    made = {tensor.spec.name: tensor.spec for tensor in plan.tensors if tensor.spec.is_float}
+    needed = {name for name, spec in specs.items() if spec.is_float} - base.aliases().keys()
+    if odd := sorted(made.keys() ^ needed):
+        where = "the base" if odd[0] in made else "the merge"
+        raise InputError("E0406", f"{where} has no such tensor", places=Place(file=base.label, tensor=odd[0]), fix=fix)
+    for name, spec in made.items():
+        if spec.shape != specs[name].shape:
+            raise InputError(
+                "E0407",
+                f"the shape is {list(spec.shape)}, and {list(specs[name].shape)} in the base",
+                places=Place(file=base.label, tensor=name),
+                fix=fix,
+            )
+    if plan.layers is not None and plan.layers[1] != tuple(range(plan.layers[0])):
+        raise InputError("E0406", "the layers are not those of the base in their order", fix=fix)
+
+
 class _Changes:
     """A sink that keeps, of every finished tensor, the factors of what changed.
 
     Attributes:
-        factors: leading singular triples of the linear weights that changed.
+        factors: by the name of a linear layer the leading singular triples of its change.
+        modules: by the name of its weight the layer.
         squares: ``||W - W_0||^2`` of the tensors that changed.
     """
 
-    def __init__(self, plan: Plan, base: Checkpoint, rank: int) -> None:
+    def __init__(self, plan: Plan, layers: Layers, rank: int) -> None:
         self._specs = {tensor.spec.name: tensor.spec for tensor in plan.tensors}
-        self._base = base
+        self._layers, self._base = layers, layers.base
         self._rank = rank
         self._lock = threading.Lock()
         self._values: dict[str, torch.Tensor] = {}
         self.factors: dict[str, Triple] = {}
+        self.modules: dict[str, str] = {}
         self.squares: dict[str, float] = {}
 
     def _whole(self, name: str) -> torch.Tensor:
@@ -201,14 +245,7 @@ class _Changes:
             del self._values[name]
         if not spec.is_float:
             return
-        known = self._base.specs().get(name)
-        if known is None or known.shape != spec.shape:
-            raise InputError(
-                "E0407",
-                "the base has no such tensor of this shape, so its change is no adapter",
-                places=Place(file=self._base.label, tensor=name),
-                fix="exclude it (--exclude), or use models of the base's vocabulary",
-            )
+        known = self._base.specs()[name]
         size = 0.0
         for first in range(0, spec.numel, _PIECE):
             part = change[first : first + _PIECE]
@@ -220,14 +257,13 @@ class _Changes:
         square = float(torch.linalg.vector_norm(change, dtype=torch.float64) ** 2)
         if square == 0:
             return
-        factors = None
-        if spec.role in (Role.LINEAR, Role.HEAD) and len(spec.shape) == 2 and name.endswith(".weight"):
+        module, triples = self._layers.module_of(name, spec), None
+        if module is not None:
             rows, columns = spec.shape
             # changes that were added to a weight and subtracted again have the rounding of the sums, a random matrix
             noise = _STEP * math.sqrt(size / spec.numel) * (math.sqrt(rows) + math.sqrt(columns))
             triples = leading_triples(change.view(rows, columns), self._rank, name, floor=noise)
-            factors = triples if len(triples[1]) else None
         with self._lock:
             self.squares[name] = square
-            if factors is not None:
-                self.factors[name] = factors
+            if module is not None and triples is not None and len(triples[1]):
+                self.factors[module], self.modules[name] = triples, module

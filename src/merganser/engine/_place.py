@@ -17,7 +17,7 @@ __all__ = ["check_free", "check_output", "remove_output"]
 _LOADED = ("config.json", "model.safetensors.index.json")
 
 
-def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = None) -> None:
+def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = None, needed: int | None = None) -> None:
     """Refuse an output that exists, that is an input or lies inside one, or that does not fit the disk.
 
     Args:
@@ -25,6 +25,7 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = No
         plan: what is merged.
         overwrite: whether an earlier output may be replaced.
         key: the digest of the plan; what an earlier run of it has written needs no space again.
+        needed: bytes of the output, if it is not the merged model.
 
     Raises:
         EnvironmentFault: E0701, E0702.
@@ -48,7 +49,7 @@ def check_output(out: Path, plan: Plan, *, overwrite: bool, key: str | None = No
     if not os.access(parent, os.W_OK | os.X_OK):
         raise EnvironmentFault("E0701", "the folder of the output cannot be written", places=Place(file=str(parent)))
     there = 0 if key is None else sum(p.bytes_used() for p in Partial.of(out.absolute()) if p.plan == key)
-    needed = int(plan.bytes_written * 1.02) + 10_000_000 - there
+    needed = int((plan.bytes_written if needed is None else needed) * 1.02) + 10_000_000 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ResourceError(

@@ -5,7 +5,7 @@ from merganser.statistics._file import merge_files
 from merganser.statistics._fingerprint import checkpoint_digest, tensor_digest
 from merganser.statistics._losses import ESTIMATORS
 from merganser.statistics._memory import MemoryPlan
-from merganser.statistics._models import ModelFolder, open_model
+from merganser.statistics._models import ModelFolder, open_model, skeleton
 from merganser.statistics._runnable import TaskData, load_runnable, open_task
 from merganser.statistics._settings import KINDS
 from merganser.statistics._statistics import TABLES, Statistics, check_weights
@@ -28,5 +28,6 @@ __all__ = [
     "open_model",
     "open_task",
     "prepare",
+    "skeleton",
     "tensor_digest",
 ]

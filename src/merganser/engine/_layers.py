@@ -1,0 +1,115 @@
+"""The layers of a model that an adapter can name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from merganser.blocks import BlockSpec, Role
+from merganser.checkpoint import Checkpoint, keeps_transposed
+from merganser.errors import InputError, MerganserError, Place
+from merganser.statistics import open_model, skeleton
+
+__all__ = ["Layers", "target_modules"]
+
+_LINEAR, _TRANSPOSED = "Linear", "Conv1D"
+_DEPTH = 4  # parts that a name in a file may have before those of the module, or the other way round
+_EITHER = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers that some models keep as (in, out)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the weights of a model belong to.
+
+    Attributes:
+        base: the model.
+        kinds: the classes of its modules, by name; empty if they are not known.
+        doubt: why they are not known.
+    """
+
+    base: Checkpoint
+    kinds: Mapping[str, str]
+    doubt: str | None = None
+
+    @classmethod
+    def of(cls, base: Checkpoint) -> Layers:
+        """Those of a checkpoint: its folder's configuration and transformers know the modules."""
+        if base.folder is None:
+            return cls(base, {}, "the base is no model folder")
+        try:
+            model = skeleton(open_model(str(base.folder)))
+        except MerganserError as error:
+            return cls(base, {}, str(error).splitlines()[0])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            return cls(base, {}, f"transformers cannot make the model: {str(error).strip().splitlines()[0]}")
+        return cls(base, {name: type(module).__name__ for name, module in model.named_modules() if name})
+
+    def module_of(self, name: str, spec: BlockSpec) -> str | None:
+        """The linear layer that a weight belongs to; None if there is none that an adapter can name.
+
+        Files may lack, or have, prefixes that modules have: the one module whose name ends like the weight's is meant.
+        """
+        if len(spec.shape) != 2 or not name.endswith(".weight"):
+            return None
+        plain = name.removesuffix(".weight")
+        if not self.kinds:
+            return plain if spec.role in (Role.LINEAR, Role.HEAD) else None
+        found = plain if plain in self.kinds else None
+        rest = plain
+        for _ in range(_DEPTH):
+            if found is not None or not rest:
+                break
+            ends = [module for module in self.kinds if module == rest or module.endswith(f".{rest}")]
+            if len(ends) > 1:
+                return None
+            found, rest = (ends[0] if ends else None), rest.partition(".")[2]
+        return found if found is not None and self.kinds[found] in (_LINEAR, _TRANSPOSED) else None
+
+    def turned(self, module: str) -> bool:
+        """Whether the layer keeps its weight as (in, out).
+
+        Raises:
+            InputError: E0409, that is not known.
+        """
+        if self.kinds:
+            return self.kinds[module] == _TRANSPOSED
+        known = keeps_transposed(self.base.config, module)
+        if known is None and module.rpartition(".")[2] in _EITHER:
+            raise InputError(
+                "E0409",
+                f"whether `{module}` keeps its weight as (in, out) or (out, in) is not known without a configuration",
+                places=Place(file=self.base.label, tensor=f"{module}.weight"),
+                fix="name the base by its folder",
+            )
+        return bool(known)
+
+    def names(self, weights: Iterable[str]) -> set[str]:
+        """All names of modules, as far as they are known or follow from those of weights."""
+        if self.kinds:
+            return set(self.kinds)
+        parts = [name.split(".")[:-1] for name in weights]
+        return {".".join(own[:end]) for own in parts for end in range(1, len(own) + 1)}
+
+
+def target_modules(chosen: Collection[str], names: Collection[str]) -> list[str] | str:
+    """What names just these modules, where a target means every module that is called so, or ends so from a dot on.
+
+    Args:
+        chosen: the modules.
+        names: all modules.
+
+    Returns:
+        Last parts of names, where all modules that end so are chosen, and whole names; a regular expression for the
+        whole names, where one of these is the end of another.
+    """
+    wanted = set(chosen)
+
+    def meant(target: str) -> bool:
+        return all(name in wanted for name in names if name == target or name.endswith(f".{target}"))
+
+    lasts = {last: meant(last) for last in {name.rpartition(".")[2] for name in wanted}}
+    whole = [name for name in wanted if not lasts[name.rpartition(".")[2]]]
+    if all(meant(name) for name in whole):
+        return sorted({name if name in whole else name.rpartition(".")[2] for name in wanted})
+    return "|".join(re.escape(name) for name in sorted(wanted))
