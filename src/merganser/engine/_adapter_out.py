@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from merganser.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
 from merganser.engine._card import model_card
 from merganser.engine._layers import Layers, target_modules
@@ -68,6 +66,8 @@ class AdapterOut:
             raise
 
     def _weights(self, factors: Mapping[str, Triple]) -> bytes:
+        from safetensors.torch import save
+
         tensors = {}
         for module, (left, values, right) in factors.items():
             root = values.sqrt()
