@@ -160,7 +160,7 @@ def test_files_whose_names_lack_the_prefix_of_the_modules(tmp_path: Path) -> Non
 
 
 def test_matrices_that_are_no_linear_layers(tmp_path: Path, cli: Cli) -> None:
-    """The buckets of T5's positions are an embedding, and the router of Qwen2-MoE no layer that PEFT takes."""
+    """The buckets of T5's positions are an embedding."""
     config = transformers.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=20)
     model = write_base(tmp_path / "base", lambda: transformers.T5ForConditionalGeneration(config))
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

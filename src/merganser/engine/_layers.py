@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from merganser.blocks import BlockSpec, Role
 from merganser.checkpoint import Checkpoint, keeps_transposed
 from merganser.errors import InputError, MerganserError, Place
-from merganser.statistics import open_model, skeleton
+from merganser.statistics import modules_of
 
 __all__ = ["Layers", "target_modules"]
 
@@ -35,15 +35,13 @@ class Layers:
     @classmethod
     def of(cls, base: Checkpoint) -> Layers:
         """Those of a checkpoint: its folder's configuration and transformers know the modules."""
-        if base.folder is None:
-            return cls(base, {}, "the base is no model folder")
+        listed = (base.config or {}).get("architectures")
+        if base.folder is None or not isinstance(listed, list) or not listed:
+            return cls(base, {}, "the base is no model folder whose configuration names an architecture")
         try:
-            model = skeleton(open_model(str(base.folder)))
+            return cls(base, modules_of(base.folder, str(listed[0])))
         except MerganserError as error:
-            return cls(base, {}, str(error).splitlines()[0])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-            return cls(base, {}, f"transformers cannot make the model: {str(error).strip().splitlines()[0]}")
-        return cls(base, {name: type(module).__name__ for name, module in model.named_modules() if name})
+            return cls(base, {}, " ".join(filter(None, (error.message, error.why))))
 
     def module_of(self, name: str, spec: BlockSpec) -> str | None:
         """The linear layer that a weight belongs to; None if there is none that an adapter can name.

@@ -5,7 +5,7 @@ from merganser.statistics._file import merge_files
 from merganser.statistics._fingerprint import checkpoint_digest, tensor_digest
 from merganser.statistics._losses import ESTIMATORS
 from merganser.statistics._memory import MemoryPlan
-from merganser.statistics._models import ModelFolder, open_model, skeleton
+from merganser.statistics._models import ModelFolder, modules_of, open_model
 from merganser.statistics._runnable import TaskData, load_runnable, open_task
 from merganser.statistics._settings import KINDS
 from merganser.statistics._statistics import TABLES, Statistics, check_weights
@@ -25,9 +25,9 @@ __all__ = [
     "collect",
     "load_runnable",
     "merge_files",
+    "modules_of",
     "open_model",
     "open_task",
     "prepare",
-    "skeleton",
     "tensor_digest",
 ]

@@ -15,7 +15,16 @@ from merganser.checkpoint import Checkpoint, open_checkpoint, read_json
 from merganser.errors import EnvironmentFault, InputError, Place, SecurityError
 from merganser.statistics._records import Labels
 
-__all__ = ["ModelFolder", "build_model", "has_vocabulary", "load_model", "open_model", "skeleton", "transformers"]
+__all__ = [
+    "ModelFolder",
+    "build_model",
+    "has_vocabulary",
+    "load_model",
+    "modules_of",
+    "open_model",
+    "skeleton",
+    "transformers",
+]
 
 # the suffix of an architecture, the class that loads it, and its task; None: no loss that is known here
 _FORMS: tuple[tuple[str, str, str | None], ...] = (
@@ -233,6 +242,35 @@ def has_vocabulary(folder: Path) -> bool:
         return True
     config = read_json(folder / "tokenizer_config.json", "E0414") if "tokenizer_config.json" in names else {}
     return isinstance(config, dict) and str(config.get("tokenizer_class", "")).startswith(_BYTES)
+
+
+def modules_of(folder: Path, architecture: str) -> dict[str, str]:
+    """The names of a model's modules, and of their classes; no weight is made.
+
+    Args:
+        folder: with the configuration.
+        architecture: a class of transformers.
+
+    Raises:
+        EnvironmentFault: E0704, transformers is not installed.
+        InputError: E0419, it has no such class, or cannot make it of this configuration.
+    """
+    package = transformers()
+    kind: Any = getattr(package, architecture, None)
+    try:
+        if kind is None:
+            raise ValueError(f"it has no class {architecture}")
+        with _silent(package), torch.device("meta"):
+            config = package.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            model: torch.nn.Module = kind(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        raise InputError(
+            "E0419",
+            "transformers cannot make the model",
+            places=Place(file=str(folder)),
+            why=str(error).strip().split("\n")[0],
+        ) from None
+    return {name: type(module).__name__ for name, module in model.named_modules() if name}
 
 
 def skeleton(folder: ModelFolder) -> torch.nn.Module:
