@@ -73,7 +73,8 @@ def extract_adapter(plan: Plan, out: str | os.PathLike[str], *, rank: int, **run
     Raises:
         RecipeError: E0308, there is no base.
         UsageError: E0201, the rank is no positive number, or the method returns several models.
-        InputError: E0410, no linear weight is changed.
+        InputError: E0406 or E0407, the merge has other tensors than the base; E0409, whether a layer keeps its weight
+            as (in, out) is not known; E0410, no linear weight is changed.
         EnvironmentFault: the output exists or cannot be written.
 
     Complexity: that of the merge, and O(m n rank) per matrix.
