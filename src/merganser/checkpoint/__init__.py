@@ -6,7 +6,7 @@ from merganser.checkpoint._digest import describe_file, sha256_range
 from merganser.checkpoint._experts import average_experts
 from merganser.checkpoint._file import FileCheckpoint, stamp_of
 from merganser.checkpoint._files import FilePool, open_regular
-from merganser.checkpoint._fitting import keeps_transposed
+from merganser.checkpoint._fitting import CONV1D_LAYERS, keeps_transposed, unique_endings
 from merganser.checkpoint._folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, refuse_unmergeable
 from merganser.checkpoint._json import parse_json, read_json
 from merganser.checkpoint._memory import DictCheckpoint
@@ -18,6 +18,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "CARD",
+    "CONV1D_LAYERS",
     "Checkpoint",
     "DictCheckpoint",
     "FileCheckpoint",
@@ -45,5 +46,6 @@ __all__ = [
     "side_files",
     "stamp_of",
     "tokenizer_folder",
+    "unique_endings",
     "write_error",
 ]

@@ -14,7 +14,7 @@ from merganser.checkpoint._base import Checkpoint
 from merganser.checkpoint._folding import Change
 from merganser.errors import InputError, Place, escape, suggestion
 
-__all__ = ["Fitting", "keeps_transposed"]
+__all__ = ["CONV1D_LAYERS", "Fitting", "keeps_transposed", "unique_endings"]
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -24,7 +24,7 @@ _KEY = re.compile(
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 _DEPTH = 4  # parts that a name in the model may have before those in the adapter
 _UNUSED = ".original_module."
-_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers of GPT-2 and its kin, which keep (in, out)
+CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers of GPT-2 and its kin, which keep (in, out)
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _TIED_INPUT = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
 _TIED_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|decoder\.weight)$")
@@ -40,7 +40,7 @@ def keeps_transposed(config: Mapping[str, Any] | None, module: str) -> bool | No
     family = (config or {}).get("model_type")
     if not isinstance(family, str):
         return None
-    return family in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
+    return family in _CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LAYERS
 
 
 class Fitting:
@@ -65,7 +65,7 @@ class Fitting:
         self._file = file
         self.sources: dict[str, tuple[Checkpoint, str]] = {name: (inner, name) for name in inner.specs()}
         self.changes: dict[str, Change] = {}
-        self._endings = _endings(self.sources)
+        self._endings = unique_endings(self.sources)
         for module, parts in self._sorted_parts().items():
             self._fold(module, parts)
         self._check_ties()
@@ -247,7 +247,7 @@ class Fitting:
         )
 
 
-def _endings(names: Iterable[str]) -> dict[str, str]:
+def unique_endings(names: Iterable[str]) -> dict[str, str]:
     """Names by their endings from a dot on, as far as no other name ends so."""
     found: dict[str, str] = {}
     twice = set()

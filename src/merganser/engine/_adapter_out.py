@@ -6,9 +6,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from merganser.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
+from merganser._torch import torch
+from merganser.blocks import BlockSpec, Role
+from merganser.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, ShardWriter, lay_out
 from merganser.engine._card import model_card
 from merganser.engine._layers import Layers, target_modules
 from merganser.engine._names import public_name
@@ -16,9 +18,11 @@ from merganser.engine._partial import beside, sync_folder
 from merganser.engine._plan import Plan
 from merganser.engine._side import SideWriter, as_json
 from merganser.errors import EnvironmentFault, Place
-from merganser.methods._spectral import Triple
 
-__all__ = ["AdapterOut"]
+__all__ = ["AdapterOut", "Factors"]
+
+Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
+"""``A`` and ``B`` in float32, and the singular values of ``B A``."""
 
 
 class AdapterOut:
@@ -34,7 +38,7 @@ class AdapterOut:
     def __init__(self, plan: Plan, layers: Layers, rank: int, share: float) -> None:
         self._plan, self._layers, self._rank, self._share = plan, layers, rank, share
 
-    def write(self, out: Path, factors: Mapping[str, Triple]) -> None:
+    def write(self, out: Path, factors: Mapping[str, Factors]) -> None:
         """Write the folder, which appears only when it is complete.
 
         Args:
@@ -55,7 +59,7 @@ class AdapterOut:
             ) from None
         try:
             side = SideWriter(partial)
-            side.write(ADAPTER_WEIGHTS, self._weights(factors))
+            self._write_weights(partial, factors)
             facts = f"A LoRA adapter of rank {self._rank} at most; it holds {self._share:.2%} of the squared change."
             side.write(CARD, model_card(self._plan, facts).encode())
             side.write(ADAPTER_CONFIG, as_json(self._config(factors)))
@@ -65,21 +69,20 @@ class AdapterOut:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _weights(self, factors: Mapping[str, Triple]) -> bytes:
-        from safetensors.torch import save
-
+    def _write_weights(self, folder: Path, factors: Mapping[str, Factors]) -> None:
         tensors = {}
-        for module, (left, values, right) in factors.items():
-            root = values.sqrt()
-            outer, inner = left * root, root[:, None] * right
-            if self._layers.turned(module):
-                outer, inner = inner.mT, outer.mT
-            tensors[f"base_model.model.{module}.lora_A.weight"] = inner.float().contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = outer.float().contiguous()
-        return save(tensors, metadata={"format": "pt"})
+        for module, (inner, outer, _) in factors.items():
+            tensors[f"base_model.model.{module}.lora_A.weight"] = inner
+            tensors[f"base_model.model.{module}.lora_B.weight"] = outer
+        specs = [BlockSpec(name, tuple(x.shape), x.dtype, Role.LINEAR) for name, x in tensors.items()]
+        (shard,) = lay_out(specs, sum(spec.nbytes for spec in specs) + 1, stem=Path(ADAPTER_WEIGHTS).stem)
+        writer = ShardWriter(folder, shard)
+        for name, value in tensors.items():
+            writer.write(name, 0, value.view(-1))
+        writer.sync()
 
-    def _config(self, factors: Mapping[str, Triple]) -> dict[str, Any]:
-        ranks = {module: len(values) for module, (_, values, _) in sorted(factors.items())}
+    def _config(self, factors: Mapping[str, Factors]) -> dict[str, Any]:
+        ranks = {module: len(values) for module, (_, _, values) in sorted(factors.items())}
         rank = max(ranks.values())
         others = {f"^{re.escape(module)}": own for module, own in ranks.items() if own != rank}
         names = self._layers.names(tensor.spec.name for tensor in self._plan.tensors)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from merganser._torch import torch
 from merganser.checkpoint import Checkpoint
-from merganser.engine._adapter_out import AdapterOut
+from merganser.engine._adapter_out import AdapterOut, Factors
 from merganser.engine._layers import Layers
 from merganser.engine._low_rank import leading_triples
 from merganser.engine._merge import execute
@@ -25,7 +25,6 @@ from merganser.engine._plan import DEFAULT_MEMORY, Plan, make_plan
 from merganser.engine._sink import Finished
 from merganser.errors import EnvironmentFault, InputError, Place, RecipeError, UsageError, escape
 from merganser.methods import Method
-from merganser.methods._spectral import Triple
 from merganser.recipe import simple_recipe
 
 __all__ = ["Extracted", "extract", "extract_adapter"]
@@ -99,7 +98,7 @@ def extract_adapter(plan: Plan, out: str | os.PathLike[str], *, rank: int, **run
             places=Place(file=base.label),
         )
     total = math.fsum(changes.squares.values())
-    held = math.fsum(float(values.square().sum()) for _, values, _ in changes.factors.values())
+    held = math.fsum(float(values.square().sum()) for _, _, values in changes.factors.values())
     left = {name: changes.squares[name] / total for name in sorted(changes.squares) if name not in changes.modules}
     warnings = [*plan.warnings, *found.warnings]
     if layers.doubt is not None:
@@ -112,7 +111,7 @@ def extract_adapter(plan: Plan, out: str | os.PathLike[str], *, rank: int, **run
         )
     modules = {}
     for name, module in sorted(changes.modules.items(), key=lambda item: item[1]):
-        values = changes.factors[module][1]
+        values = changes.factors[module][2]
         modules[module] = {
             "rank": len(values),
             "share": min(1.0, float(values.square().sum()) / changes.squares[name]),
@@ -205,7 +204,7 @@ class _Changes:
     """A sink that keeps, of every finished tensor, the factors of what changed.
 
     Attributes:
-        factors: by the name of a linear layer the leading singular triples of its change.
+        factors: by the name of a linear layer ``(A, B)`` as they are written, and the singular values of the product.
         modules: by the name of its weight the layer.
         squares: ``||W - W_0||^2`` of the tensors that changed.
     """
@@ -216,7 +215,7 @@ class _Changes:
         self._rank = rank
         self._lock = threading.Lock()
         self._values: dict[str, torch.Tensor] = {}
-        self.factors: dict[str, Triple] = {}
+        self.factors: dict[str, Factors] = {}
         self.modules: dict[str, str] = {}
         self.squares: dict[str, float] = {}
 
@@ -258,13 +257,17 @@ class _Changes:
         square = float(torch.linalg.vector_norm(change, dtype=torch.float64) ** 2)
         if square == 0:
             return
-        module, triples = self._layers.module_of(name, spec), None
+        module, factors = self._layers.module_of(name, spec), None
         if module is not None:
             rows, columns = spec.shape
             # changes that were added to a weight and subtracted again have the rounding of the sums, a random matrix
             noise = _STEP * math.sqrt(size / spec.numel) * (math.sqrt(rows) + math.sqrt(columns))
-            triples = leading_triples(change.view(rows, columns), self._rank, name, floor=noise)
+            left, values, right = leading_triples(change.view(rows, columns), self._rank, name, floor=noise)
+            inner, outer = values.sqrt()[:, None] * right, left * values.sqrt()
+            if self._layers.turned(module):
+                inner, outer = outer.mT, inner.mT
+            factors = inner.float().contiguous(), outer.float().contiguous(), values
         with self._lock:
             self.squares[name] = square
-            if module is not None and triples is not None and len(triples[1]):
-                self.factors[module], self.modules[name] = triples, module
+            if module is not None and factors is not None and len(factors[2]):
+                self.factors[module], self.modules[name] = factors, module

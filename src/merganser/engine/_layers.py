@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from merganser.blocks import BlockSpec, Role
-from merganser.checkpoint import Checkpoint, keeps_transposed
+from merganser.checkpoint import CONV1D_LAYERS, Checkpoint, keeps_transposed, unique_endings
 from merganser.errors import InputError, MerganserError, Place
 from merganser.statistics import modules_of
 
 __all__ = ["Layers", "target_modules"]
 
 _LINEAR, _TRANSPOSED = "Linear", "Conv1D"
-_DEPTH = 4  # parts that a name in a file may have before those of the module, or the other way round
-_EITHER = ("c_attn", "c_fc", "c_proj", "q_attn")  # layers that some models keep as (in, out)
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,14 @@ class Layers:
         plain = name.removesuffix(".weight")
         if not self.kinds:
             return plain if spec.role in (Role.LINEAR, Role.HEAD) else None
-        found = plain if plain in self.kinds else None
-        rest = plain
-        for _ in range(_DEPTH):
-            if found is not None or not rest:
-                break
-            ends = [module for module in self.kinds if module == rest or module.endswith(f".{rest}")]
-            if len(ends) > 1:
-                return None
-            found, rest = (ends[0] if ends else None), rest.partition(".")[2]
-        return found if found is not None and self.kinds[found] in (_LINEAR, _TRANSPOSED) else None
+        while plain not in self.kinds and plain not in self._endings and "." in plain:
+            plain = plain.partition(".")[2]
+        found = plain if plain in self.kinds else self._endings.get(plain, "")
+        return found if self.kinds.get(found) in (_LINEAR, _TRANSPOSED) else None
+
+    @cached_property
+    def _endings(self) -> dict[str, str]:
+        return unique_endings(self.kinds)
 
     def turned(self, module: str) -> bool:
         """Whether the layer keeps its weight as (in, out).
@@ -73,7 +70,7 @@ class Layers:
         if self.kinds:
             return self.kinds[module] == _TRANSPOSED
         known = keeps_transposed(self.base.config, module)
-        if known is None and module.rpartition(".")[2] in _EITHER:
+        if known is None and module.rpartition(".")[2] in CONV1D_LAYERS:
             raise InputError(
                 "E0409",
                 f"whether `{module}` keeps its weight as (in, out) or (out, in) is not known without a configuration",
