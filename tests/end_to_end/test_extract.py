@@ -16,8 +16,8 @@ import merganser as mg
 from merganser.engine._layers import target_modules
 from merganser.engine._low_rank import leading_triples
 from merganser.errors import MerganserError
+from tests.adapter_models import CASES, CONFIG, WEIGHTS, gpt2, llama, write_adapter, write_base
 from tests.conftest import Cli
-from tests.unit.test_adapters import CASES, CONFIG, WEIGHTS, gpt2, llama, write_adapter, write_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -1,11 +1,8 @@
-"""Adapters: what they make of a model, against PEFT; and which are refused."""
+"""Adapters: what they make of a model, against PEFT."""
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,156 +13,27 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import merganser as mg
-from merganser.checkpoint import Checkpoint, open_checkpoint, parts_of_reference
-from merganser.errors import MerganserError
+from merganser.checkpoint import open_checkpoint, parts_of_reference
+from tests.adapter_models import (
+    CASES,
+    CONFIG,
+    QUERY,
+    WEIGHTS,
+    bert,
+    change_config,
+    change_factors,
+    folded,
+    gpt2,
+    llama,
+    refused,
+    write_adapter,
+    write_base,
+)
 from tests.conftest import Cli
 from tests.helpers import llama_config, llama_state, write_files, write_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-Build = Callable[[], Any]
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-
-def llama(*, tied: bool = False) -> Any:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=20,
-            tie_word_embeddings=tied,
-        )
-    )
-
-
-def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_embd=16, n_layer=2, n_head=4, vocab_size=20, n_positions=8, bos_token_id=1, eos_token_id=1
-        )
-    )
-
-
-def bert() -> Any:
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=20
-        )
-    )
-
-
-def resnet() -> Any:
-    return transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-    )
-
-
-CASES: dict[str, tuple[Build, Callable[[], Any]]] = {
-    "lora": (llama, lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])),
-    "ranks and alphas by pattern": (
-        llama,
-        lambda: peft.LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules="all-linear",
-            rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 6, "^model.layers.0.self_attn.o_proj": 1},
-            alpha_pattern={"v_proj": 3, "layers.0.mlp.(up|gate)_proj": 1},
-        ),
-    ),
-    "rank-stabilised, and a whole head": (
-        llama,
-        lambda: peft.LoraConfig(
-            r=4, lora_alpha=8, use_rslora=True, target_modules=["v_proj"], modules_to_save=["lm_head"]
-        ),
-    ),
-    "DoRA": (llama, lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "k_proj", "down_proj"])),
-    "embeddings": (llama, lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])),
-    "transposed layers, all biases": (
-        gpt2,
-        lambda: peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, bias="all"),
-    ),
-    "a classifier": (bert, lambda: peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])),
-    "convolutions": (resnet, lambda: peft.LoraConfig(r=3, target_modules=["convolution"])),
-    "(IA)^3": (
-        bert,
-        lambda: peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),
-    ),
-    "(IA)^3 on transposed layers": (
-        gpt2,
-        lambda: peft.IA3Config(
-            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
-        ),
-    ),
-}
-
-
-def write_adapter(folder: Path, model: torch.nn.Module, config: Any, seed: int = 0) -> torch.nn.Module:
-    """Save an adapter with random factors; the model with it folded in by PEFT."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own, on embeddings
-        adapted = peft.get_peft_model(copy.deepcopy(model), config)
-        g = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in adapted.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
-        adapted.save_pretrained(folder)
-        found: torch.nn.Module = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
-    return found
-
-
-def write_base(folder: Path, build: Build) -> Any:
-    torch.manual_seed(0)
-    model = build()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.fixture
-def lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with ``base``, a bf16 Llama, and the adapters ``a`` and ``b``."""
-    write_model(tmp_path / "base", llama_state(dtype=torch.bfloat16), llama_config(dtype="bfloat16"))
-    for seed, name in enumerate("ab"):
-        write_factors(tmp_path / name, seed)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write_factors(folder: Path, seed: int = 0, *, rank: int = 2, **changes: Any) -> None:
-    """An adapter of the query matrices of `llama_state`."""
-    g = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in range(2):
-        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
-        factors[f"{stem}A.weight"] = 0.01 * torch.randn(rank, 8, generator=g)
-        factors[f"{stem}B.weight"] = 0.01 * torch.randn(8, rank, generator=g)
-    folder.mkdir()
-    save_file(factors, folder / WEIGHTS)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **changes}
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
-def folded(base: Path, adapter: Path, scale: float = 2.0) -> dict[str, torch.Tensor]:
-    """What ``base+adapter`` is, by its definition, in float32."""
-    state = {name: value.float() for name, value in load_file(base / "model.safetensors").items()}
-    factors = load_file(adapter / WEIGHTS)
-    for key, b in factors.items():
-        if key.endswith("lora_B.weight"):
-            name = key.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
-            state[name] = state[name] + scale * (b.double() @ factors[key.replace("lora_B", "lora_A")].double()).float()
-    return state
-
-
-# --- what is folded ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -274,134 +142,6 @@ def test_an_adapter_alone_is_folded_into_the_model_that_it_names(lora: Path) -> 
     write_model(lora / "other", llama_state(5), llama_config())
     (warning,) = open_checkpoint(f"{lora / 'other'}+{lora / 'a'}").warnings
     assert "trained on" in warning
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    file = folder / CONFIG
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def change_factors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    factors = load_file(folder / WEIGHTS)
-    change(factors)
-    save_file(factors, folder / WEIGHTS)
-
-
-def refused(reference: Any, code: str, *words: str) -> None:
-    with pytest.raises(MerganserError) as caught:
-        open_checkpoint(reference)
-    assert caught.value.code == code, caught.value
-    for word in words:
-        assert word in str(caught.value)
-
-
-QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "word"),
-    [
-        (lambda f: (f / CONFIG).write_text("{"), "E0409", CONFIG),
-        (lambda f: (f / CONFIG).write_text("[]"), "E0409", CONFIG),
-        (lambda f: change_config(f, peft_type="LOHA"), "E0409", "LOHA"),
-        (lambda f: change_config(f, layer_replication=[[0, 1]]), "E0409", "layer_replication"),
-        (lambda f: change_config(f, an_option_of_tomorrow=True), "E0409", "an_option_of_tomorrow"),
-        (lambda f: change_config(f, init_lora_weights="pissa"), "E0409", "pissa"),
-        (lambda f: change_config(f, r=0), "E0409", "rank"),
-        (lambda f: change_config(f, lora_alpha="much"), "E0409", "alpha"),
-        (lambda f: change_config(f, alpha_pattern={"q_proj": None}), "E0409", "alpha"),
-        (lambda f: change_config(f, rank_pattern={"(.*a){20}": 2}), "E0409", "rank_pattern"),
-        (lambda f: change_config(f, rank_pattern={"(q_proj": 2}), "E0409", "rank_pattern"),
-        (lambda f: change_config(f, rank_pattern=[2]), "E0409", "rank_pattern"),
-        (lambda f: change_config(f, rank_pattern={"(.|.)" * 40 + "\\b\\B": 2}), "E0409", "rank_pattern"),
-        (lambda f: change_config(f, rank_pattern={"(" * 5000 + ")" * 5000: 2}), "E0409", "rank_pattern"),
-        (lambda f: change_config(f, lora_alpha=10**400), "E0409", "alpha"),
-        (lambda f: change_config(f, peft_type="IA3"), "E0409", "IA3"),
-        (lambda f: (f / CONFIG).rename(f.parent / "y") and (f / CONFIG).symlink_to(f.parent / "y"), "E0501", CONFIG),
-        (lambda f: change_config(f, r=3), "E0407", "rank"),
-        (lambda f: change_config(f, use_dora=True), "E0405", "magnitude"),
-        (lambda f: (f / WEIGHTS).unlink(), "E0401", WEIGHTS),
-        (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "E0502", "adapter_model.bin"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]), "E0402", WEIGHTS),
-        (lambda f: (f / WEIGHTS).rename(f.parent / "x") and (f / WEIGHTS).symlink_to(f.parent / "x"), "E0501", WEIGHTS),
-        (lambda f: change_factors(f, lambda t: t.pop(f"{QUERY}B.weight")), "E0405", "lora_B"),
-        (lambda f: change_factors(f, lambda t: t.update({f"{QUERY}A.weight": torch.ones(2, 9)})), "E0407", "[2, 9]"),
-        (lambda f: change_factors(f, lambda t: t.update({f"{QUERY}A.weight": torch.ones(0, 8)})), "E0407", "[0, 8]"),
-        (lambda f: change_factors(f, lambda t: t.update({f"{QUERY}B.weight": torch.ones(8)})), "E0407", "[8]"),
-        (
-            lambda f: change_factors(f, lambda t: t.update({f"{QUERY}magnitude_vector": torch.ones(8)})),
-            "E0405",
-            "magnitude",
-        ),
-        (lambda f: change_factors(f, lambda t: t.update({f"{QUERY}C.weight": torch.ones(2, 2)})), "E0409", "lora_C"),
-        (
-            lambda f: change_factors(f, lambda t: t.update({f"{QUERY}A.default.weight": torch.ones(2, 8)})),
-            "E0409",
-            "two",
-        ),
-        (
-            lambda f: change_factors(
-                f, lambda t: t.update({"base_model.model.model.layers.7.mlp.lora_A.weight": torch.ones(2, 8)})
-            ),
-            "E0405",
-            "layers.7",
-        ),
-        (
-            lambda f: change_factors(
-                f, lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.ones(2, 8)})
-            ),
-            "E0407",
-            "norm",
-        ),
-        (
-            lambda f: change_factors(
-                f, lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.ia3_l": torch.ones(3, 1)})
-            ),
-            "E0409",
-            "LORA",
-        ),
-    ],
-)
-def test_damaged_adapters_are_refused(change: Callable[[Path], Any], code: str, word: str, lora: Path) -> None:
-    change(lora / "a")
-    refused(f"{lora / 'base'}+{lora / 'a'}", code, word)
-
-
-@pytest.mark.parametrize("vector", [torch.ones(()), torch.ones(3, 1), torch.ones(8), torch.ones(2, 2)])
-def test_vectors_that_do_not_fit(vector: torch.Tensor, lora: Path) -> None:
-    (lora / "c").mkdir()
-    save_file({"base_model.model.model.layers.0.mlp.up_proj.ia3_l": vector}, lora / "c" / WEIGHTS)
-    (lora / "c" / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
-    refused(f"{lora / 'base'}+{lora / 'c'}", "E0407", "up_proj")
-
-
-def test_many_unknown_tensors_are_found_wanting_in_no_time(lora: Path) -> None:
-    change_factors(lora / "a", lambda t: t.update({f"base_model.model.x{i}.y": torch.ones(1) for i in range(20_000)}))
-    assert "20000 tensors" in open_checkpoint(f"{lora / 'base'}+{lora / 'a'}").warnings[0]
-
-
-def test_factors_that_are_not_finite(lora: Path) -> None:
-    change_factors(lora / "a", lambda t: t[f"{QUERY}B.weight"].fill_(float("nan")))
-    with pytest.raises(MerganserError, match="E0601"):
-        mg.merge([lora / "a", lora / "b"], base=lora / "base", method="task_arithmetic")
-
-
-def test_a_tensor_that_the_model_does_not_have(lora: Path) -> None:
-    change_factors(lora / "a", lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 8)}))
-    checkpoint = open_checkpoint(f"{lora / 'base'}+{lora / 'a'}")
-    assert torch.equal(checkpoint.read("score.weight"), torch.ones(2, 8))
-    assert "score.weight" in checkpoint.warnings[0]
-
-
-def test_an_adapter_that_changes_while_it_is_read(lora: Path) -> None:
-    checkpoint: Checkpoint = open_checkpoint(f"{lora / 'base'}+{lora / 'a'}")
-    checkpoint.check_unchanged()
-    change_factors(lora / "a", lambda t: t[f"{QUERY}B.weight"].zero_())
-    with pytest.raises(MerganserError, match="E0412"):
-        checkpoint.check_unchanged()
 
 
 # --- what PEFT writes in other ways ---------------------------------------------------------------------------------
